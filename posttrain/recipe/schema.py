@@ -1,0 +1,378 @@
+"""The recipe as frozen, strict pydantic models: one class per stage kind.
+
+Names are the ecosystem's own. `trainer:` blocks are plain dicts here; `trainer_fields` checks them
+against the installed TRL and transformers sources. Fields that say only where and how a stage runs
+live in `Runtime` and never enter a fingerprint.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Json = Any
+
+
+class Model(BaseModel):
+    """Frozen and strict: an unknown key is an error, `"1"` is not a number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Runtime(Model):
+    """Where and how a stage runs; nothing here may change its result."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes the GPU when there is one."""
+    num_processes: int = Field(1, ge=1)
+    """Processes of the stage, one per device."""
+    num_machines: int = Field(1, ge=1)
+    """Machines of the stage."""
+    accelerate_config: str | None = None
+    """Path or bare name (`recipes/accelerate/NAME.yaml`) of an Accelerate config."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Most tokens in one forward pass; cuts an optimizer step into pieces."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Most rows (documents or pairs) in one forward pass."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+    """Attention backend; `auto` takes sdpa."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of torch in the stage."""
+    report_to: list[str] = []
+    """Experiment trackers that transformers knows: tensorboard, wandb, mlflow, trackio…"""
+
+
+class Select(Model):
+    """A seeded split of a source, so that training and evaluation can name its two sides."""
+
+    rows: int = Field(ge=1)
+    """Rows of the train side."""
+    side: Literal["train", "heldout"]
+    """Which side this source yields; `heldout` is all the rest."""
+    by: Literal["row", "prompt"] = "prompt"
+    """`prompt` keeps rows that share their prompt on one side."""
+    seed: int = 0
+    """Seed of the split."""
+
+
+class Source(Model):
+    """One data source of a mixture."""
+
+    path: str
+    """File, folder (`./data.jsonl`, relative to the recipe) or hub id (`owner/name`)."""
+    name: str | None = None
+    """Subset (configuration) of a hub dataset."""
+    split: str | None = None
+    """Split of a hub dataset; `train` where it has one."""
+    revision: str | None = None
+    """Commit or tag of a hub dataset; resolved and recorded when absent."""
+    shape: Literal[
+        "auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt", "preference", "transcript_pair"
+    ] = "auto"
+    """Row shape; `auto` detects it and says which."""
+    columns: dict[str, str] = {}
+    """Our field name -> the column's name in the file."""
+    text_format: str | None = None
+    """`str.format` pattern over columns that makes one text of a row, e.g. `"{instruction}\\n{output}"`."""
+    weight: float | None = Field(None, gt=0)
+    """Times each row is seen per epoch: 0.5 halves a source, 2.0 doubles it. Default 1."""
+    rows: int | None = Field(None, ge=1)
+    """Exact number of rows per epoch instead of a weight."""
+    select: Select | None = None
+    """Only one side of a seeded split."""
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Source:
+        if self.weight is not None and self.rows is not None:
+            raise ValueError("give `weight` or `rows`, not both")
+        return self
+
+
+class Data(Model):
+    """The rows of a training stage."""
+
+    sources: list[Source] = Field(min_length=1)
+    """Sources of the mixture."""
+    max_length: int = Field(2048, ge=8)
+    """Most tokens of a row (SFT: a conversation; DPO: prompt + answer; pretrain: a packed row)."""
+    packing: Literal["bfd", "wrap"] | None = None
+    """`bfd` packs whole documents, `wrap` cuts one long stream. Default: wrap in pretrain, bfd elsewhere."""
+    long_rows: Literal["truncate", "drop"] = "truncate"
+    """What happens to a row longer than `max_length`; both are counted in the ledger."""
+    max_dropped: float = Field(0.02, ge=0, le=1)
+    """Largest share of rows that may be dropped before the stage fails."""
+
+
+class LoraSettings(Model):
+    """LoRA's settings, spelled as in peft's `LoraConfig`."""
+
+    r: int = Field(16, ge=1)
+    lora_alpha: float = Field(16, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+    bias: Literal["none"] = "none"
+    """Biases are not trained: peft merges them wrongly under 4 bits."""
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    modules_to_save: list[str] | None = None
+    trainable_tokens: Literal["auto", "none"] | list[str] = "auto"
+    """Embedding rows to train beside the adapter: `auto` = control tokens of the template that were never trained."""
+
+
+class QloraSettings(LoraSettings):
+    """LoRA over a base in 4 bits."""
+
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = True
+
+
+class Full(Model):
+    """Every weight is trained."""
+
+
+class Method(Model):
+    """How weights are trained: exactly one of full, lora, qlora, dora, continue."""
+
+    full: Full | None = None
+    lora: LoraSettings | None = None
+    qlora: QloraSettings | None = None
+    dora: LoraSettings | None = None
+    continue_: bool | None = Field(None, alias="continue")
+    """Train the parent's adapter further, against a frozen copy of it (dpo only)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_word(cls, value: Json) -> Json:
+        if isinstance(value, str):  # `method: qlora` means qlora with its defaults
+            return {value: True} if value == "continue" else {value: {}}
+        if isinstance(value, dict):
+            return {key: {} if inner is None else inner for key, inner in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Method:
+        if len(self.given()) != 1:
+            raise ValueError("give exactly one of: full, lora, qlora, dora, continue")
+        return self
+
+    def given(self) -> list[str]:
+        """Names of the methods that are set, as the recipe spells them."""
+        names = [name for name in ("full", "lora", "qlora", "dora") if getattr(self, name) is not None]
+        return names + (["continue"] if self.continue_ else [])
+
+    @property
+    def kind(self) -> str:
+        """`full`, `lora`, `qlora`, `dora` or `continue`."""
+        return self.given()[0]
+
+    @property
+    def adapter(self) -> LoraSettings | None:
+        """The adapter's settings, or None for `full` and `continue`."""
+        return self.lora or self.qlora or self.dora
+
+
+class ModelInit(Model):
+    """Size block of a Llama-architecture model, spelled as in `LlamaConfig`."""
+
+    hidden_size: int = Field(ge=8)
+    num_hidden_layers: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int | None = Field(None, ge=1)
+    intermediate_size: int = Field(ge=8)
+    max_position_embeddings: int = Field(2048, ge=8)
+    tie_word_embeddings: bool = True
+    rope_theta: float = Field(10000.0, gt=0)
+    rms_norm_eps: float = Field(1e-5, gt=0)
+
+    @model_validator(mode="after")
+    def _divides(self) -> ModelInit:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError("hidden_size must be a multiple of num_attention_heads")
+        if self.num_attention_heads % (self.num_key_value_heads or self.num_attention_heads):
+            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+        return self
+
+
+class TokenizerTraining(Model):
+    """A byte-level BPE tokenizer trained on the stage's own texts."""
+
+    vocab_size: int = Field(ge=300)
+    """Entries in all, special and reserved tokens included."""
+    reserved_tokens: list[str] = ["<|im_start|>", "<|im_end|>"]
+    """Control tokens kept for chat; no text ever yields them."""
+
+
+class Snapshots(Model):
+    """Model-only checkpoints that are kept for good (a resume checkpoint is something else)."""
+
+    every: int | None = Field(None, ge=1)
+    """Every N steps."""
+    step_zero: bool = False
+    """Also before the first step."""
+    powers_of_two: bool = False
+    """Also at steps 1, 2, 4, 8… below `every`, as Pythia did."""
+
+
+class Stage(Model):
+    """What every stage has."""
+
+    runtime: Runtime | None = None
+    """Replaces single fields of the recipe's `runtime` for this stage."""
+    seed: int | None = None
+    """Replaces the recipe's seed for this stage."""
+
+
+class Pretrain(Stage):
+    """Train a base model from scratch, or continue one."""
+
+    kind: Literal["pretrain"]
+    model: str | None = None
+    """Checkpoint to continue; absent = from scratch with `init` and `tokenizer`."""
+    init: ModelInit | None = None
+    tokenizer: TokenizerTraining | str | None = None
+    """A tokenizer to train, or the folder of one."""
+    data: Data
+    trainer: dict[str, Json] = {}
+    snapshots: Snapshots | None = None
+
+    @model_validator(mode="after")
+    def _scratch_or_continue(self) -> Pretrain:
+        if (self.model is None) == (self.init is None):
+            raise ValueError("give `model` (continue a checkpoint) or `init` (from scratch), exactly one")
+        if self.init is not None and self.tokenizer is None:
+            raise ValueError("a model from scratch needs `tokenizer`")
+        return self
+
+
+class Sft(Stage):
+    """Supervised fine-tuning on conversations: loss on assistant turns and their end-of-turn token."""
+
+    kind: Literal["sft"]
+    model: str
+    """Hub id (`owner/name@revision`), path, or `@stage`."""
+    chat_template: str | None = None
+    """Bundled name or `.jinja` file; absent = the model's own."""
+    data: Data
+    method: Method = Method.model_validate("full")
+    trainer: dict[str, Json] = {}
+    snapshots: Snapshots | None = None
+
+
+class Dpo(Stage):
+    """Preference optimisation against the policy it starts from."""
+
+    kind: Literal["dpo"]
+    model: str
+    chat_template: str | None = None
+    """Absent = the one the model was trained with."""
+    data: Data
+    method: Method | None = None
+    """Absent: full for a full model, a new adapter of the parent's shape for an adapter."""
+    trainer: dict[str, Json] = {}
+    snapshots: Snapshots | None = None
+
+
+class CertificateLimits(Model):
+    """Largest differences between merged files and the adapter in use before a merge fails."""
+
+    max_logit_difference: float | None = Field(None, gt=0)
+    """Largest absolute logit difference; default by dtype and base."""
+    mean_kl: float | None = Field(None, gt=0)
+    """Mean KL divergence in nats per token."""
+    min_top1_agreement: float | None = Field(None, ge=0, le=1)
+
+
+class Merge(Stage):
+    """Adapters and base become one standalone model, from files, in fp32, rounded once."""
+
+    kind: Literal["merge"]
+    model: str
+    base: Literal["original", "dequantized"] | None = None
+    """Which base receives a QLoRA adapter; absent: `dequantized` for QLoRA, `original` elsewhere."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Dtype of the merged weights; absent = the recipe's precision."""
+    max_shard_size: str = "5GB"
+    certificate: CertificateLimits = CertificateLimits()
+
+
+class Check(Model):
+    """One verdict on a generated answer."""
+
+    name: str
+    kind: Literal["exact", "contains", "regex", "any_of", "language", "stops"]
+    field: str | None = None
+    """Row field with the expected value (`any_of`: a list); not needed for `stops`."""
+    value: str | None = None
+    """A fixed expected value instead of a field."""
+
+
+class Suite(Model):
+    """One evaluation of every model of the stage."""
+
+    name: str
+    kind: Literal["bits_per_byte", "preference", "generate"]
+    data: list[Source] = Field(min_length=1)
+    max_rows: int | None = Field(None, ge=1)
+    """First rows only."""
+    max_length: int = Field(2048, ge=8)
+    max_new_tokens: int = Field(64, ge=1)
+    prompt_field: str = "prompt"
+    """Row field with the question (a string, or messages)."""
+    checks: list[Check] = []
+
+
+class Gate(Model):
+    """A figure that must hold, or the stage fails after writing its report."""
+
+    suite: str
+    metric: str
+    model: str
+    minus: str | None = None
+    """Compare the difference to this model instead of the figure itself."""
+    min: float | None = None
+    max: float | None = None
+    interval_above: float | None = None
+    """The lower end of the 95 % interval must lie above this."""
+
+
+class Evaluate(Stage):
+    """The same questions to several models, with paired intervals."""
+
+    kind: Literal["evaluate"]
+    models: dict[str, str] = Field(min_length=1)
+    """Column name -> hub id, path or `@stage`."""
+    chat_template: str | None = None
+    """Template for models that have none (a base); every other model keeps its own."""
+    suites: list[Suite] = Field(min_length=1)
+    require: list[Gate] = []
+
+
+class Publish(Stage):
+    """A self-contained folder (or hub repository) that plain transformers loads."""
+
+    kind: Literal["publish"]
+    model: str
+    to: str | None = None
+    """Folder, relative to the working directory; absent = the stage's own folder only."""
+    hub: str | None = None
+    """Hub repository `owner/name` to push to as well."""
+    private: bool = True
+    license: str | None = None
+    report: str | None = None
+    """`@stage` of an evaluation whose table goes into the card."""
+
+
+AnyStage = Annotated[Pretrain | Sft | Dpo | Merge | Evaluate | Publish, Field(discriminator="kind")]
+
+
+class Recipe(Model):
+    """The whole way from a checkpoint to an aligned model."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    seed: int = 42
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    runtime: Runtime = Runtime()
+    stages: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")], AnyStage] = Field(min_length=1)

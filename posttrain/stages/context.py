@@ -1,0 +1,112 @@
+"""What a stage is told, what it may say while it works, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from posttrain.artifact import Artifact
+from posttrain.recipe.schema import Runtime
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """A model (or report) that a stage reads."""
+
+    ref: str
+    """As the recipe spells it: `@stage`, path, or hub id."""
+    folder: Path | None
+    """Where its files lie; None for a hub id that is still to be fetched."""
+    revision: str | None = None
+    """Commit of a hub id."""
+    artifact: Artifact | None = None
+    """Set when the folder was left by a stage of ours."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage to run, as plain JSON: written by the pipeline, read by the stage process."""
+
+    run_dir: str
+    recipe_dir: str
+    """Folder that relative input paths of the recipe start from."""
+    stage: str
+    kind: str
+    config: dict[str, Any]
+    """The stage's settings, dumped from its schema class (aliases as in the recipe)."""
+    trainer: dict[str, Any]
+    """Resolved trainer fields: the recipe's plus the installed defaults where they are literals."""
+    seed: int
+    precision: str
+    runtime: dict[str, Any]
+    """The recipe's runtime with the stage's own fields on top."""
+    inputs: dict[str, dict[str, Any]]
+    """Label -> {"ref", "folder", "revision"}; labels: `model`, or `models.NAME`, or `report`."""
+    identity: dict[str, Any]
+    fingerprint: str
+    format: int = 1
+
+    def dump(self) -> str:
+        """The job as JSON text."""
+        return json.dumps(self.__dict__, indent=2, ensure_ascii=False)
+
+
+class Events:
+    """One-way lines of JSON from a stage to whoever started it; silent when nobody listens.
+
+    Events: `phase` (text), `step` (step, total, loss, tokens_per_second, learning_rate, …),
+    `note` (text), `done` (headline), `error` (where, found, todo, exit_code).
+    """
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """Sends one event; a listener that is gone is noticed through the lifeline, not here."""
+        if self._descriptor is None:
+            return
+        line = json.dumps({"event": event, **fields}, ensure_ascii=False, default=float) + "\n"
+        try:
+            os.write(self._descriptor, line.encode())
+        except BrokenPipeError:
+            self._descriptor = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a stage needs besides its own settings."""
+
+    run_dir: Path
+    recipe_dir: Path
+    stage: str
+    folder: Path
+    """The partial folder the stage writes into."""
+    seed: int
+    precision: str
+    runtime: Runtime
+    trainer: dict[str, Any]
+    inputs: dict[str, ModelInput]
+    identity: dict[str, Any]
+    fingerprint: str
+    events: Events
+    should_stop: Callable[[], bool]
+    """True once the stage was asked to checkpoint and exit (signal, or its parent died)."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a stage leaves behind for its record."""
+
+    headline: str
+    """One line for people: the figures that matter."""
+    files: list[str]
+    """Relative paths of the outputs, to be hashed into the record."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    lineage: dict[str, Any] | None = None
+    ledger: dict[str, Any] | None = None
+    failed: list[str] = field(default_factory=list)
+    """Gates or limits that did not hold: the artifact stands, the run stops with exit code 1."""
