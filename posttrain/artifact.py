@@ -212,9 +212,14 @@ def publish_folder(partial: Path, final: Path) -> None:
     _fsync(final.parent)
 
 
+def write_record(partial: Path, record: Record) -> None:
+    """Writes a folder's record, after which only the rename is missing."""
+    write_atomically(partial / RECORD, json.dumps(asdict(record), indent=2, ensure_ascii=False))
+
+
 def finish(partial: Path, final: Path, record: Record) -> Artifact:
     """Completes a stage's folder: record last, everything synced, then the rename."""
-    write_atomically(partial / RECORD, json.dumps(asdict(record), indent=2, ensure_ascii=False))
+    write_record(partial, record)
     publish_folder(partial, final)
     return Artifact(final, record)
 

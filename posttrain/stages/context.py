@@ -48,6 +48,8 @@ class Job:
     """Label -> {"ref", "folder", "revision"}; labels: `model`, or `models.NAME`, or `report`."""
     identity: dict[str, Any]
     fingerprint: str
+    versions: dict[str, str] = field(default_factory=dict)
+    """Installed libraries when the stage began: a checkpoint of others is resumed only when told."""
     format: int = 1
 
     def dump(self) -> str:

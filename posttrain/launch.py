@@ -1,0 +1,243 @@
+"""One stage, one process group: started, listened to, stopped, and buried.
+
+The stage inherits three descriptors: where it writes events, a lifeline whose end of file means that
+we died, and the lock of the run folder, which is therefore free when the last of us is dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import Interrupted, StageError, UserError
+
+LOCK, LOG = ".lock", "log.txt"
+STOP_SECONDS = 60.0
+"""How long a stage may take to save its checkpoint after it was asked to stop."""
+TAIL_LINES = 15
+_POLL = 0.2
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Interruption:
+    """How often the user asked us to stop (Ctrl-C or SIGTERM)."""
+
+    count: int = 0
+
+    def note(self, *_: Any) -> None:
+        """A signal handler: counts, and leaves the acting to the loop that waits for the stage."""
+        self.count += 1
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Interruption]:
+    """Counts SIGINT and SIGTERM instead of dying of them, until the block ends."""
+    asked = Interruption()
+    before = {number: signal.signal(number, asked.note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[int]:
+    """Holds the lock of an existing run folder and yields its descriptor, which stages inherit.
+
+    Raises:
+        UserError: another run holds it, or a stage of one that is still stopping.
+    """
+    descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+            raise UserError(
+                str(run_dir),
+                f"another run is using this folder (started by process {holder})",
+                "wait for it to end, or stop it; the lock is free once its last stage process is gone",
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)  # never unlocked by hand: a stage that outlives us still holds it
+
+
+def stage_environment(runtime: Mapping[str, Any], base: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment of a stage: the given one, made quiet, deterministic and of the right size.
+
+    Args:
+        runtime: the stage's runtime block as plain values.
+        base: what the stage inherits; threads set there hold unless the recipe names its own.
+    """
+    processes = runtime.get("num_processes") or 1
+    share = str(max(1, len(os.sched_getaffinity(0)) // processes))
+    threads = str(runtime["threads"]) if runtime.get("threads") else base.get("OMP_NUM_THREADS", share)
+    environment = {
+        **base,
+        "OMP_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": base.get("TOKENIZERS_PARALLELISM", "true"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONHASHSEED": "0",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",  # a folder called `datasets` where the user stands must not be imported
+        "CUBLAS_WORKSPACE_CONFIG": base.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),  # or cuBLAS is not deterministic
+    }
+    if runtime.get("device") == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    return environment
+
+
+def command(job: Path, processes: int) -> list[str]:
+    """Returns the command line of a stage on one device, or on several through torchrun."""
+    if processes == 1:
+        return [sys.executable, "-m", "posttrain.stages", str(job)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *launcher, "-m", "posttrain.stages", str(job)]
+
+
+@dataclass
+class Running:
+    """A stage's process as its parent holds it."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    events: int
+    """Read end of the stage's events."""
+    lifeline: int
+    """Write end that nobody writes to: closing it, as our death does, tells the stage to stop."""
+    error: dict[str, Any] | None = None
+    _pending: bytes = field(default=b"", repr=False)
+
+    def listen(self, listener: Listener, seconds: float) -> bool:
+        """Passes on the events that come within some seconds; False once there can be no more."""
+        if not select.select([self.events], [], [], seconds)[0]:
+            return True
+        block = os.read(self.events, 1 << 16)
+        *lines, self._pending = (self._pending + block).split(b"\n")
+        for line in lines:
+            event = json.loads(line)
+            if event["event"] == "error":
+                self.error = event
+            listener(event)
+        return bool(block)
+
+    def bury(self) -> None:
+        """Kills what is left of the group and closes our ends."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        os.close(self.events)
+        os.close(self.lifeline)
+
+
+def start(job: Path, runtime: Mapping[str, Any], lock: int) -> Running:
+    """Starts a stage in a process group of its own, its output appended to the log beside its job file."""
+    events_read, events_write = os.pipe()
+    lifeline_read, lifeline_write = os.pipe()
+    environment = {
+        **stage_environment(runtime, os.environ),
+        "POSTTRAIN_EVENTS_FD": str(events_write),
+        "POSTTRAIN_LIFELINE_FD": str(lifeline_read),
+        "POSTTRAIN_LAUNCHER_PID": str(os.getpid()),
+    }
+    log = job.parent / LOG
+    try:
+        with log.open("ab") as output:
+            output.write(f"=== {time.strftime('%Y-%m-%dT%H:%M:%S%z')} {job.parent.name}\n".encode())
+            output.flush()
+            process = subprocess.Popen(
+                command(job, runtime.get("num_processes") or 1),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                pass_fds=(events_write, lifeline_read, lock),
+            )
+    finally:
+        os.close(events_write)
+        os.close(lifeline_read)
+    return Running(process, log, events_read, lifeline_write)
+
+
+def attend(stage: str, running: Running, asked: Interruption, listener: Listener) -> None:
+    """Waits for a stage, passing on its events and the user's wish to stop.
+
+    The first request reaches the stage as SIGTERM, so that it saves a checkpoint; a second one, or
+    `STOP_SECONDS`, kills its group.
+
+    Raises:
+        PosttrainError: the stage's own error with its exit code; StageError when it died without one;
+            Interrupted when it was asked to stop.
+    """
+    deadline = None
+    try:
+        while running.process.poll() is None:
+            if not running.listen(listener, _POLL):
+                time.sleep(_POLL / 10)  # the pipe is closed: the process is about to end
+            if asked.count and deadline is None:
+                deadline = time.monotonic() + STOP_SECONDS
+                listener({"event": "phase", "text": "stopping: saving a checkpoint (Ctrl-C again kills it)"})
+                running.process.terminate()  # its leader alone: data workers must live until the save is done
+            if asked.count > 1 or (deadline is not None and time.monotonic() > deadline):
+                os.killpg(running.process.pid, signal.SIGKILL)
+        while running.listen(listener, 0) and select.select([running.events], [], [], 0)[0]:
+            pass
+    finally:
+        running.bury()
+    _judge(stage, running, asked)
+
+
+def _judge(stage: str, running: Running, asked: Interruption) -> None:
+    """Raises what a stage's end means; returns when it ended well."""
+    code = running.process.returncode
+    if code == 0:
+        return
+    if asked.count or code in (Interrupted.exit_code, -signal.SIGTERM, -signal.SIGINT):
+        raise Interrupted(f"stage {stage}", "stopped before its end", "")
+    error = running.error
+    if error is not None and error["exit_code"] == UserError.exit_code:
+        raise UserError(error["where"], error["found"], error["todo"])
+    todo = f"the whole log is in {running.log}"
+    if error is not None:
+        raise StageError(error["where"], error["found"], f"{error['todo']}\n  -> {todo}".removeprefix("\n  -> "))
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    if code == -signal.SIGKILL:
+        how += " (often the system's out-of-memory killer)"
+    raise StageError(f"stage {stage}", f"its process {how}\n{tail(running.log)}", todo)
+
+
+def tail(log: Path, lines: int = TAIL_LINES) -> str:
+    """Returns the last lines of a log, indented."""
+    try:
+        with log.open(encoding="utf-8", errors="replace") as file:
+            return "".join(f"  | {line}" for line in deque(file, lines)).rstrip()
+    except OSError:
+        return "  | (no log)"
+
+
+def launch(
+    stage: str, job: Path, runtime: Mapping[str, Any], lock: int, asked: Interruption, listener: Listener
+) -> None:
+    """Runs one stage to its end; raises what `attend` raises."""
+    attend(stage, start(job, runtime, lock), asked, listener)
+
+

@@ -1,0 +1,243 @@
+"""A peft LoRA folder, read as edits of named base tensors; whatever is not understood is refused.
+
+Key grammar (peft 0.21, after the prefix `base_model.model.`):
+    MODULE.lora_A.weight, MODULE.lora_B.weight, MODULE.lora_B.bias      LoRA on a linear layer
+    MODULE.lora_embedding_A, MODULE.lora_embedding_B                    LoRA on an embedding
+    MODULE.lora_magnitude_vector                                        DoRA
+    MODULE.token_adapter.trainable_tokens_delta                         trained rows; new values, not differences
+    MODULE.base_layer.weight, MODULE.token_adapter.base_layer.weight    a copy of the base's own tensor
+    MODULE.weight, MODULE.bias                                          modules_to_save, bias, resized embeddings
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import CheckpointError
+from posttrain.merging.checkpoint import read_json, stamp
+from posttrain.merging.header import FLOATS, TensorInfo, read_header
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+HEADS = ("lm_head", "embed_out")
+
+_KEY = re.compile(
+    r"(?P<module>.+?)\."
+    r"(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector(?:\.weight)?|token_adapter\.trainable_tokens_delta"
+    r"|(?:token_adapter\.)?base_layer\.(?:weight|bias)|weight|bias)"
+)
+_MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations that change the base itself: the adapter alone does not tell the model."""
+_UNKNOWN = (
+    "use_qalora",
+    "use_bdlora",
+    "layer_replication",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "alora_invocation_tokens",
+    "target_parameters",
+)
+"""Settings that change what the factors mean."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """`W + scale * B A`; with a magnitude m (DoRA), `m / |W + scale * B A| * (W + scale * B A)` by output."""
+
+    key: str
+    a: TensorInfo
+    b: TensorInfo
+    scale: float
+    transposed: bool
+    """The base stores (in, out): embeddings and Conv1D."""
+    magnitude: TensorInfo | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of an embedding that take new values."""
+
+    key: str
+    indices: tuple[int, ...]
+    values: TensorInfo
+
+
+@dataclass(frozen=True)
+class Replace:
+    """The whole tensor takes new values."""
+
+    key: str
+    values: TensorInfo
+
+
+@dataclass(frozen=True)
+class Add:
+    """`W + scale * values`: the bias that LoRA's B may carry."""
+
+    key: str
+    values: TensorInfo
+    scale: float
+
+
+Edit = LowRank | Rows | Replace | Add
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What one adapter folder does, by the base tensor's name; no tensor is in memory."""
+
+    folder: Path
+    config: dict[str, Any]
+    edits: dict[str, list[Edit]]
+    base_copies: dict[str, Replace]
+    """Copies of the base's tensors that peft stored beside the adapter (embeddings)."""
+    stamps: dict[Path, tuple[int, int, int]]
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Reads an adapter folder; a `ref/` folder in it (TRL's frozen copy) is not looked at.
+
+    Raises:
+        CheckpointError: not a LoRA, a variant that is not understood, a key left over, a factor missing.
+    """
+    config = _checked_config(folder)
+    file = folder / WEIGHTS
+    modules: dict[str, dict[str, TensorInfo]] = {}
+    stamps = {file: stamp(file), folder / CONFIG: stamp(folder / CONFIG)}
+    for info in read_header(file):
+        match = _KEY.fullmatch(info.name.removeprefix(PREFIX))
+        if match is None or not info.name.startswith(PREFIX) or info.dtype not in FLOATS:
+            raise CheckpointError(str(file), f"key {info.name} ({info.dtype}) is not understood", "nothing was merged")
+        part = match["part"].removesuffix(".weight") if match["part"].startswith("lora_mag") else match["part"]
+        modules.setdefault(match["module"], {})[part.removeprefix("token_adapter.")] = info
+    edits: dict[str, list[Edit]] = {}
+    copies: dict[str, Replace] = {}
+    for module, parts in modules.items():
+        for name, edit in _module_edits(module, parts, config):
+            edits.setdefault(name, []).append(edit)
+        copies |= _base_copies(module, parts)
+        if parts:
+            left = ", ".join(info.name for info in parts.values())
+            raise CheckpointError(str(file), f"no use for {left}", "nothing was merged")
+    if not edits and not copies:
+        raise CheckpointError(str(file), "holds no tensor", "train the adapter again")
+    return Adapter(folder, config, edits, copies, stamps)
+
+
+def _checked_config(folder: Path) -> dict[str, Any]:
+    where = str(folder / CONFIG)
+    config = read_json(folder / CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(where, f"peft_type {config.get('peft_type')!r}", "only LoRA adapters can be merged")
+    for name in _UNKNOWN:
+        if config.get(name):
+            raise CheckpointError(where, f"{name} is set: a LoRA variant that this merge does not know")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_MUTATING):
+        raise CheckpointError(
+            where,
+            f"init_lora_weights: {init} changed the base itself",
+            "convert it to a plain LoRA with peft's save_pretrained(path_initial_model_for_weight_conversion=...)",
+        )
+    return config
+
+
+def _module_edits(module: str, parts: dict[str, TensorInfo], config: dict[str, Any]) -> list[tuple[str, Edit]]:
+    """Takes what it understands out of `parts`."""
+    found: list[tuple[str, Edit]] = []
+    if "trainable_tokens_delta" in parts:
+        values = parts.pop("trainable_tokens_delta")
+        found.append((f"{module}.weight", Rows(values.name, _token_indices(module, values, config), values)))
+    for first, second, transposed in (
+        ("lora_A.weight", "lora_B.weight", bool(config.get("fan_in_fan_out"))),
+        ("lora_embedding_A", "lora_embedding_B", True),
+    ):
+        a, b = parts.pop(first, None), parts.pop(second, None)
+        if a is None and b is None:
+            continue
+        if a is None or b is None:
+            lacking, there = (first, b) if a is None else (second, a)
+            assert there is not None
+            raise CheckpointError(
+                str(there.file), f"{PREFIX}{module}.{lacking} is missing beside {there.name}", "nothing was merged"
+            )
+        scale = _scale(module, a, b, config)
+        edit = LowRank(a.name, a, b, scale, transposed, _magnitude(module, a, parts, config))
+        found.append((f"{module}.weight", edit))
+        if bias := parts.pop("lora_B.bias", None):
+            found.append((f"{module}.bias", Add(bias.name, bias, scale)))
+    for part, kind in (("weight", "weight"), ("bias", "bias"), ("base_layer.bias", "bias")):
+        if part in parts and _may_replace(module, kind, config):
+            values = parts.pop(part)
+            found.append((f"{module}.{kind}", Replace(values.name, values)))
+    return found
+
+
+def _magnitude(module: str, a: TensorInfo, parts: dict[str, TensorInfo], config: dict[str, Any]) -> TensorInfo | None:
+    if not config.get("use_dora"):
+        return None  # a magnitude that is there all the same is left over, and refused
+    if "lora_magnitude_vector" not in parts:
+        key = f"{PREFIX}{module}.lora_magnitude_vector"
+        raise CheckpointError(str(a.file), f"{key} is missing though use_dora is set", "nothing was merged")
+    return parts.pop("lora_magnitude_vector")
+
+
+def _scale(module: str, a: TensorInfo, b: TensorInfo, config: dict[str, Any]) -> float:
+    """alpha / r (LoRA, arXiv 2106.09685) or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
+    r = _by_pattern(config.get("rank_pattern"), module, config["r"])
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != r or b.shape[1] != r:
+        raise CheckpointError(
+            str(a.file), f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} do not have rank {r}", f"see {CONFIG}"
+        )
+    return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+
+
+def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a module's name, as peft's get_pattern_key."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _token_indices(module: str, values: TensorInfo, config: dict[str, Any]) -> tuple[int, ...]:
+    given = config.get("trainable_token_indices")
+    if isinstance(given, dict):
+        given = next((rows for name, rows in given.items() if module.endswith(name)), None)
+    if not given or len(given) != values.rows or len(set(given)) != len(given):
+        raise CheckpointError(
+            str(values.file), f"{values.name} has {values.rows} rows for trainable_token_indices {given}", f"see {CONFIG}"
+        )
+    return tuple(given)
+
+
+def _may_replace(module: str, kind: str, config: dict[str, Any]) -> bool:
+    """Whether a tensor under its plain name was asked for: peft stores some beside the factors."""
+    saved = config.get("modules_to_save") or []
+    if any(re.search(rf"(^|\.){re.escape(name)}(\.|$)", module) for name in saved):
+        return True
+    if kind == "bias":
+        return config.get("bias", "none") != "none"
+    return bool(config.get("ensure_weight_tying")) and module.rsplit(".", 1)[-1] in HEADS
+
+
+def _base_copies(module: str, parts: dict[str, TensorInfo]) -> dict[str, Replace]:
+    """Takes the base's own tensors out of `parts`: beside a LoRA, or whole embeddings of a resized vocabulary."""
+    kinds = {"base_layer.weight": "weight", "base_layer.bias": "bias"}
+    if module.rsplit(".", 1)[-1] in (*EMBEDDINGS, *HEADS):
+        kinds["weight"] = "weight"
+    found = {}
+    for part, kind in kinds.items():
+        if values := parts.pop(part, None):
+            found[f"{module}.{kind}"] = Replace(values.name, values)
+    return found

@@ -1,0 +1,144 @@
+"""What gives a stage's output its identity, and the job that its process is told.
+
+Identity and execution part here: paths, devices, process counts, names of stages and publish targets go
+into the job alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from posttrain.artifact import fingerprint
+from posttrain.pipeline.inputs import Input, Inputs
+from posttrain.recipe.load import LoadedRecipe
+from posttrain.recipe.schema import AnyStage
+from posttrain.recipe.trainer_fields import identity_of, resolve_trainer
+from posttrain.stages import KINDS
+from posttrain.stages.context import Job
+
+_APART = {"kind", "runtime", "seed", "trainer", "model", "models", "report", "chat_template", "data", "suites"}
+"""Fields of a stage that enter its identity in another form, or (`runtime`) not at all."""
+_EXECUTION = {"to", "hub", "private"}
+"""Fields of a `publish` stage that say where it goes, not what it is."""
+
+
+def describe(loaded: LoadedRecipe, name: str, inputs: Inputs) -> Job:
+    """Returns the job of one stage, its identity and fingerprint included.
+
+    The stages it reads must have been described before: `inputs.fingerprints` holds theirs.
+
+    Raises:
+        UserError: an input that does not exist or cannot be resolved.
+    """
+    recipe, stage, where = loaded.recipe, loaded.recipe.stages[name], f"stages.{name}"
+    config = stage.model_dump(mode="json", by_alias=True)
+    trainer = resolve_trainer(stage.kind, config["trainer"]) if KINDS[stage.kind].trains else {}
+    seed = recipe.seed if stage.seed is None else stage.seed
+    reads = {label: inputs.model(ref, f"{where}.{label}") for label, ref in references(stage).items()}
+    identity = {
+        "kind": stage.kind,
+        "version": KINDS[stage.kind].version,
+        "seed": seed,
+        "precision": recipe.precision,
+        "trainer": identity_of(stage.kind, trainer) if trainer else None,
+        **{key: value for key, value in config.items() if key not in _APART | _EXECUTION | reads.keys()},
+        **_of_inputs(reads),
+        **_of_template(config, inputs, where),
+        **_of_data(config, inputs, where),
+    }
+    identity = without_none(identity)
+    runtime = recipe.runtime.model_dump(mode="json")
+    if stage.runtime is not None:
+        runtime |= stage.runtime.model_dump(mode="json", exclude_unset=True)
+    return Job(
+        run_dir=str(inputs.run_dir.absolute()),
+        recipe_dir=str(inputs.recipe_dir.absolute()),
+        stage=name,
+        kind=stage.kind,
+        config=_for_job(config, inputs, where),
+        trainer=trainer,
+        seed=seed,
+        precision=recipe.precision,
+        runtime=runtime,
+        inputs={label: read.job for label, read in reads.items()},
+        identity=identity,
+        fingerprint=fingerprint(identity),
+    )
+
+
+def references(stage: AnyStage) -> dict[str, str]:
+    """Returns what a stage reads, as the recipe spells it: label -> `@stage`, path or hub id."""
+    given = stage.model_dump(include={"model", "models", "report", "tokenizer"})
+    found = {label: ref for label, ref in given.items() if isinstance(ref, str)}
+    return found | {f"models.{column}": ref for column, ref in (given.get("models") or {}).items()}
+
+
+def without_none(value: Any) -> Any:
+    """Drops absent settings at every depth, so that a new optional one changes no fingerprint."""
+    if isinstance(value, dict):
+        return {key: without_none(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [without_none(inner) for inner in value]
+    return value
+
+
+def _of_inputs(reads: dict[str, Input]) -> dict[str, Any]:
+    columns = {label.removeprefix("models."): read.identity for label, read in reads.items() if "." in label}
+    single = {label: read.identity for label, read in reads.items() if "." not in label}
+    return {**single, "models": columns or None}
+
+
+def _of_template(config: dict[str, Any], inputs: Inputs, where: str) -> dict[str, Any]:
+    if config.get("chat_template") is None:
+        return {}
+    from posttrain.chat.templates import template_digest
+
+    return {"chat_template": template_digest(_template(config["chat_template"], inputs, where))}
+
+
+def _of_data(config: dict[str, Any], inputs: Inputs, where: str) -> dict[str, Any]:
+    """Identity of `data:` (training) and `suites:` (evaluation), each source by its content."""
+    found: dict[str, Any] = {}
+    if "data" in config:
+        sources = _each_source(config["data"]["sources"], inputs, f"{where}.data.sources")
+        found["data"] = {**config["data"], "sources": [identity for identity, _ in sources]}
+    if "suites" in config:
+        found["suites"] = [
+            {**suite, "data": [one for one, _ in _each_source(suite["data"], inputs, f"{where}.suites[{i}].data")]}
+            for i, suite in enumerate(config["suites"])
+        ]
+    return found
+
+
+def _each_source(
+    sources: list[dict[str, Any]], inputs: Inputs, where: str
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    return [inputs.source(source, f"{where}[{i}]") for i, source in enumerate(sources)]
+
+
+def _template(name: str, inputs: Inputs, where: str) -> str:
+    """A bundled template's bare name as it stands; a `.jinja` file as an absolute path."""
+    if not name.endswith(".jinja"):
+        return name
+    from posttrain.models.hub import LocalPath
+
+    return str(inputs.path(LocalPath(Path(name).expanduser()), f"{where}.chat_template"))
+
+
+def _for_job(config: dict[str, Any], inputs: Inputs, where: str) -> dict[str, Any]:
+    """The stage's settings with every path absolute and every hub data set at its commit."""
+    config = dict(config)
+    if "data" in config:
+        sources = _each_source(config["data"]["sources"], inputs, f"{where}.data.sources")
+        config["data"] = {**config["data"], "sources": [settings for _, settings in sources]}
+    if "suites" in config:
+        config["suites"] = [
+            {**suite, "data": [one for _, one in _each_source(suite["data"], inputs, f"{where}.suites[{i}].data")]}
+            for i, suite in enumerate(config["suites"])
+        ]
+    if config.get("chat_template") is not None:
+        config["chat_template"] = _template(config["chat_template"], inputs, where)
+    if config.get("to") is not None:
+        config["to"] = str(Path(config["to"]).expanduser().absolute())
+    return config

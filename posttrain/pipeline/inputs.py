@@ -1,0 +1,145 @@
+"""What a stage reads, by content: models, data and templates become digests and commits, never paths."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain.artifact import RECORD, Artifact, DigestCache, fingerprint, write_atomically
+from posttrain.errors import CheckpointError, UserError
+from posttrain.models.hub import HubId, LocalPath, StageRef, parse_reference, resolve
+
+JOB, LOG = "job.json", "log.txt"
+_MODEL_SUFFIXES = {".json", ".safetensors", ".model", ".txt", ".jinja"}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a stage: what it is (identity) and where it lies (job)."""
+
+    identity: dict[str, Any]
+    job: dict[str, Any]
+
+
+class Pins:
+    """Commits that a run's unpinned hub ids were resolved to, once; the file lies in the run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self._used: dict[str, str] = {}
+
+    def commit(self, hub: HubId, kind: Literal["model", "dataset"]) -> str:
+        """Returns the commit of a hub id: the pinned one, else what it means now."""
+        key = f"{kind}:{hub}"
+        commit = self._known.get(key) or resolve(hub, kind)
+        self._used[key] = commit
+        return commit
+
+    def save(self) -> None:
+        """Remembers what was resolved; the run folder must exist."""
+        if self._used.keys() - self._known.keys():
+            write_atomically(self.path, json.dumps({**self._known, **self._used}, indent=2, sort_keys=True))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Resolves the references of one recipe.
+
+    Attributes:
+        recipe_dir: folder that relative paths of the recipe start from.
+        run_dir: where `@stage` lies.
+        fingerprints: of the stages described so far, by name.
+    """
+
+    recipe_dir: Path
+    run_dir: Path
+    cache: DigestCache
+    pins: Pins
+    fingerprints: dict[str, str]
+
+    def model(self, ref: str, where: str) -> Input:
+        """Describes a model, tokenizer or report: `@stage`, folder, or hub id.
+
+        Raises:
+            UserError: a folder that does not exist, or a hub id that cannot be resolved.
+            CheckpointError: a folder that holds no model or adapter.
+        """
+        found = self._parse(ref, where)
+        if isinstance(found, StageRef):
+            folder = self.run_dir / found.name
+            identity = {"stage": self.fingerprints[found.name]}
+            return Input(identity, {"ref": ref, "folder": str(folder), "revision": None})
+        if isinstance(found, HubId):
+            commit = self._commit(found, "model", where)
+            return Input({"hub": found.id, "commit": commit}, {"ref": ref, "folder": None, "revision": commit})
+        folder = self.path(found, where)
+        if not folder.is_dir():
+            raise CheckpointError(where, f"{folder} is a file", "name the folder of the model")
+        return Input(self._folder(folder, where), {"ref": ref, "folder": str(folder), "revision": None})
+
+    def source(self, source: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Describes one data source, given as its dumped schema: returns (identity, settings for the job).
+
+        In the job a path is absolute and a hub id carries its commit.
+        """
+        shown = {key: value for key, value in source.items() if key not in ("path", "revision") and value is not None}
+        if "rows" not in shown:
+            shown.setdefault("weight", 1.0)
+        found = self._parse(source["path"], f"{where}.path")
+        if isinstance(found, StageRef):
+            raise UserError(f"{where}.path", f"{source['path']} names a stage", "give a file, a folder or a hub id")
+        if isinstance(found, HubId):
+            hub = HubId(found.id, source.get("revision") or found.revision)
+            commit = self._commit(hub, "dataset", where)
+            settings = {**source, "path": found.id, "revision": commit}
+            return {**shown, "hub": found.id, "commit": commit}, settings
+        path = self.path(found, f"{where}.path")
+        return {**shown, "content": self._rows(path)}, {**source, "path": str(path)}
+
+    def path(self, found: LocalPath, where: str) -> Path:
+        """Returns a recipe's path made absolute; raises UserError when nothing is there."""
+        path = (self.recipe_dir / found.path).resolve()
+        if not path.exists():
+            todo = "paths start from the recipe's folder; a hub id is written owner/name"
+            raise UserError(where, f"{found.path} does not exist (looked for {path})", todo)
+        return path
+
+    def _parse(self, text: str, where: str) -> LocalPath | HubId | StageRef:
+        try:
+            return parse_reference(text)
+        except UserError as error:
+            raise UserError(where, f"{error.where!r} {error.found}", error.todo) from None
+
+    def _commit(self, hub: HubId, kind: Literal["model", "dataset"], where: str) -> str:
+        try:
+            return self.pins.commit(hub, kind)
+        except UserError as error:
+            raise UserError(where, f"{error.where}: {error.found}", error.todo) from None
+
+    def _folder(self, folder: Path, where: str) -> dict[str, Any]:
+        """Identity of a model or adapter folder: its files, and what its own record or base adds."""
+        files = list(_model_files(folder))
+        if not any(path.suffix in (".json", ".model") for path in files):
+            raise CheckpointError(where, f"{folder} holds no model", "name a folder with config.json or an adapter's")
+        identity: dict[str, Any] = {"content": self.cache.tree(folder, files)}
+        artifact = Artifact.read(folder)
+        if artifact is not None:  # an adapter of ours stands on a base that its files do not hold
+            identity["artifact"] = artifact.record.fingerprint
+        return identity
+
+    def _rows(self, path: Path) -> str:
+        """Digest of the data files of a path: their bytes in order and their suffixes, never their names."""
+        from posttrain.data.files import source_files
+
+        return fingerprint([["".join(file.suffixes), self.cache.digest(file)] for file in source_files(path)])
+
+
+def _model_files(folder: Path) -> Iterator[Path]:
+    """Yields the files at the top of a folder that make it a model: config, tokenizer, weights, template."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in _MODEL_SUFFIXES and path.name not in (RECORD, JOB, LOG):
+            yield path

@@ -1,0 +1,71 @@
+"""The deterministic data order: which rows make which optimizer step, and a log that answers it later."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from posttrain.pretraining.mixture import Share, epoch_rows
+
+FILE = "data_order.npz"
+
+
+@dataclass(frozen=True)
+class Order:
+    """The rows of every optimizer step of a run, fixed by seed and data alone.
+
+    `items` is [N, 2] int64 (source, row within the source) over all epochs; step s reads
+    `items[offsets[s]:offsets[s + 1]]`.
+    """
+
+    items: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps."""
+        return len(self.offsets) - 1
+
+    def of_step(self, step: int) -> np.ndarray:
+        """Rows of a step (counted from 0), [n, 2] int64."""
+        return self.items[self.offsets[step] : self.offsets[step + 1]]
+
+
+def draw_items(shares: list[Share], seed: int, epochs: float) -> np.ndarray:
+    """Draws the rows of `epochs` epochs (a fraction takes the first part of the last one), [N, 2] int64."""
+    per_epoch = sum(share.wanted for share in shares if share.available)
+    total = round(per_epoch * epochs)
+    parts = [epoch_rows(shares, seed, epoch) for epoch in range(-(-total // per_epoch) if per_epoch else 0)]
+    return np.concatenate(parts)[:total] if parts else np.empty((0, 2), dtype=np.int64)
+
+
+def plan_steps(rows: int, global_batch_size: int, max_steps: int) -> np.ndarray:
+    """Cuts `rows` rows into steps; the last may be smaller, and `max_steps` (when > 0) ends the run early.
+
+    Returns:
+        [steps + 1] int64 offsets.
+    """
+    offsets = np.arange(0, rows, global_batch_size, dtype=np.int64)
+    offsets = np.append(offsets, rows)
+    return offsets[: max_steps + 1] if max_steps > 0 else offsets
+
+
+def save_order(folder: Path, order: Order, sources: list[str]) -> None:
+    """Writes the order beside the model, so that step -> rows can be looked up for good."""
+    temporary = folder / f".{FILE}.tmp.npz"
+    np.savez_compressed(temporary, items=order.items, offsets=order.offsets, sources=np.asarray(sources))
+    os.replace(temporary, folder / FILE)
+
+
+def rows_of_step(folder: Path, step: int) -> list[tuple[str, int]]:
+    """Looks up which rows an optimizer step (counted from 1, as metrics do) was made of.
+
+    Returns:
+        (source as the recipe spells it, row within the rows used of that source, counted from 0).
+    """
+    with np.load(folder / FILE, allow_pickle=False) as saved:
+        start, end = saved["offsets"][step - 1 : step + 1]
+        return [(str(saved["sources"][source]), int(row)) for source, row in saved["items"][start:end]]

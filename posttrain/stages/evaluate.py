@@ -1,0 +1,231 @@
+"""The same questions to several models, one at a time, and what the differences are worth."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from posttrain.artifact import write_atomically
+from posttrain.chat.contract import end_of_turn
+from posttrain.chat.templates import ChatTemplate, load_template
+from posttrain.chat.tokenizer import load_tokenizer
+from posttrain.data.read import read_source
+from posttrain.errors import ChatError, CheckpointError, DataError, StageError, UserError
+from posttrain.evaluation.gates import GateRule, check_gates, judge
+from posttrain.evaluation.questions import CheckRule, check_rules, read_questions
+from posttrain.evaluation.suites import RowScore, Suite, Talker, score, table
+from posttrain.models.hub import HubId, fetch_model, parse_reference
+from posttrain.recipe import schema
+from posttrain.report.markdown import headline, report_page
+from posttrain.stages.context import Context, ModelInput, Summary
+from posttrain.stages.sources import source_spec
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WANTED = {"bits_per_byte": "text", "preference": "pair", "generate": "raw"}
+SAMPLES = 8
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]*")
+
+Scores = dict[str, list[RowScore | None]]
+
+
+def run(config: schema.Evaluate, context: Context) -> Summary:
+    """Scores every model on every suite and writes `report.json`, `report.md` and `answers/<suite>.jsonl`.
+
+    Raises:
+        UserError: a suite, check or gate that cannot work, or rows that cannot be read.
+        CheckpointError: a model folder that is an adapter or does not load.
+    """
+    if context.runtime.threads:
+        torch.set_num_threads(context.runtime.threads)
+    _check_names(config)
+    suites, notes = _read_suites(config, context)
+    gates = [GateRule(**gate.model_dump()) for gate in config.require]
+    check_gates(gates, suites, config.models)
+
+    scores: dict[str, Scores] = {suite.name: {} for suite in suites}
+    templates: dict[str, ChatTemplate | None] = {}
+    for name in config.models:
+        talker = _talker(name, config, context)
+        templates[name] = talker.template
+        for suite in suites:
+            context.events("phase", text=f"{name}: {suite.name} ({len(suite.rows)} rows)")
+            scores[suite.name][name] = score(suite, talker)
+        del talker
+        _free_memory()
+
+    context.events("phase", text="intervals and report")
+    report = make_report(list(config.models), suites, scores, gates, context.seed)
+    report["notes"] += [*notes, *_template_notes(templates)]
+    files = write_report(context.folder, report, suites, scores)
+    failed = [_failure(gate) for gate in report["gates"] if not gate["passed"]]
+    figures = {table["name"]: table["metrics"] for table in report["suites"]}
+    return Summary(headline(report), files, metrics=figures, failed=failed)
+
+
+def _check_names(config: schema.Evaluate) -> None:
+    names = [suite.name for suite in config.suites]
+    for number, suite in enumerate(config.suites):
+        where = f"suites[{number}].name"
+        if not _FILE_NAME.fullmatch(suite.name):
+            raise UserError(where, f"{suite.name!r} cannot name a file", "use letters, digits, `.`, `_`, `-`")
+        if suite.name in names[:number]:
+            raise UserError(where, f"a second suite named {suite.name}", "give each suite its own name")
+        check_rules(suite.name, _rules(suite))
+
+
+def _rules(suite: schema.Suite) -> list[CheckRule]:
+    return [CheckRule(**check.model_dump()) for check in suite.checks]
+
+
+def _read_suites(config: schema.Evaluate, context: Context) -> tuple[list[Suite], list[str]]:
+    suites, notes = [], []
+    for given in config.suites:
+        context.events("phase", text=f"reading {given.name}")
+        rows: list[Any] = []
+        for source in given.data:
+            read = read_source(source_spec(source, context.recipe_dir), WANTED[given.kind])
+            rows += read.rows
+            if read.dropped:
+                notes.append(f"{given.name}: {len(read.dropped)} rows of {source.path} could not be used.")
+        if given.max_rows is not None and given.max_rows < len(rows):
+            notes.append(f"{given.name}: the first {given.max_rows} of {len(rows)} rows (`max_rows`).")
+            rows = rows[: given.max_rows]
+        if not rows:
+            raise DataError(f"suite {given.name}", "no rows", "look at `data` of the suite")
+        rules: Sequence[CheckRule] = _rules(given)
+        if given.kind == "generate":
+            rows, rules = read_questions(rows, given.prompt_field, rules)
+        suites.append(Suite(given.name, given.kind, rows, given.max_length, given.max_new_tokens, tuple(rules)))
+    return suites, notes
+
+
+def _talker(name: str, config: schema.Evaluate, context: Context) -> Talker:
+    """Loads one model with its tokenizer and template; the caller lets go of it before the next."""
+    given = context.inputs[f"models.{name}"]
+    context.events("phase", text=f"{name}: loading {given.ref}")
+    folder = _folder(given)
+    tokenizer = load_tokenizer(folder)
+    template = _template(name, folder, config, context)
+    eos_ids = (end_of_turn(tokenizer, template).id,) if template else ()
+    model = _load(given, folder, context)
+    default = 16384 if model.device.type == "cuda" else 4096
+    return Talker(model, tokenizer, template, eos_ids, context.runtime.micro_batch_tokens or default)
+
+
+def _folder(given: ModelInput) -> Path:
+    if given.folder is not None:
+        return given.folder
+    hub = parse_reference(given.ref)
+    if not isinstance(hub, HubId) or given.revision is None:
+        raise StageError(given.ref, "is neither a folder nor a hub id with its commit", "this is a bug of the plan")
+    return fetch_model(hub.id, given.revision)
+
+
+def _template(name: str, folder: Path, config: schema.Evaluate, context: Context) -> ChatTemplate | None:
+    """A model's own saved template, else the one the recipe gives to models that have none."""
+    if all(suite.kind == "bits_per_byte" for suite in config.suites):
+        return None
+    own = folder / "chat_template.jinja"
+    if own.is_file():
+        return load_template(str(own))
+    if config.chat_template is None:
+        raise ChatError(f"models.{name}", f"{folder} has no chat_template.jinja", "set `chat_template` of the stage")
+    beside = context.recipe_dir / config.chat_template
+    return load_template(str(beside) if beside.is_file() else config.chat_template)
+
+
+def _load(given: ModelInput, folder: Path, context: Context) -> PreTrainedModel:
+    attention = "sdpa" if context.runtime.attn_implementation == "auto" else context.runtime.attn_implementation
+    device, dtype = _device(context), DTYPES[context.precision]
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(given.ref, "is an adapter, not a standalone model", "merge it first: `kind: merge`")
+    transformers_logging.disable_progress_bar()
+    try:
+        # The attention name of the folder's config is never used: it could name code on the hub.
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(folder), f"does not load: {error}", "check the folder") from None
+    return model.to(device).eval()
+
+
+def _device(context: Context) -> torch.device:
+    asked = context.runtime.device
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise StageError(context.stage, "the recipe asks for `device: cuda`, and there is none", "set `device: auto`")
+    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def make_report(
+    models: list[str], suites: Sequence[Suite], scores: dict[str, Scores], gates: Sequence[GateRule], seed: int
+) -> dict[str, Any]:
+    """Returns what `report.json` holds: `models`, `suites` (with samples), `gates`, `notes`."""
+    tables = [table(suite, scores[suite.name], seed) for suite in suites]
+    for suite, one in zip(suites, tables, strict=True):
+        if suite.kind == "generate":
+            one["samples"] = _samples(suite, scores[suite.name])
+    notes = ["The same rows, the same code and one precision for every model."]
+    if any(suite.kind == "generate" for suite in suites):
+        notes.append("Answers are greedy; only the end-of-turn token ends one, nothing forces it.")
+    return {"models": models, "suites": tables, "gates": [judge(gate, tables) for gate in gates], "notes": notes}
+
+
+def _samples(suite: Suite, scores: Scores) -> list[dict[str, Any]]:
+    """Some rows that all models answered, spread evenly over the suite."""
+    shared = [row for row in range(len(suite.rows)) if all(rows[row] for rows in scores.values())]
+    chosen = shared[:: max(1, -(-len(shared) // SAMPLES))]
+    return [
+        {
+            "question": suite.rows[row].messages[-1]["content"],
+            "answers": {name: one.detail["answer"] for name, rows in scores.items() if (one := rows[row])},
+        }
+        for row in chosen
+    ]
+
+
+def write_report(folder: Path, report: dict[str, Any], suites: Sequence[Suite], scores: dict[str, Scores]) -> list[str]:
+    """Writes the report and every row's answers, and returns the files, relative to `folder`."""
+    write_atomically(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False))
+    write_atomically(folder / "report.md", report_page(report))
+    (folder / "answers").mkdir(exist_ok=True)
+    files = ["report.json", "report.md"]
+    for suite in suites:
+        files.append(f"answers/{suite.name}.jsonl")
+        lines = (_row_line(suite, row, scores[suite.name]) for row in range(len(suite.rows)))
+        write_atomically(folder / files[-1], "".join(f"{line}\n" for line in lines))
+    return files
+
+
+def _row_line(suite: Suite, row: int, scores: Scores) -> str:
+    given = suite.rows[row]
+    if suite.kind == "generate":
+        asked = {"origin": given.origin, "question": given.messages, "expected": given.expected}
+    else:
+        asked = {"origin": f"{given.origin.file}, row {given.origin.row}"}
+    found = {name: one.detail if (one := rows[row]) else None for name, rows in scores.items()}
+    return json.dumps({**asked, "models": found}, ensure_ascii=False)
+
+
+def _template_notes(templates: dict[str, ChatTemplate | None]) -> list[str]:
+    sources = {template.source for template in templates.values() if template}
+    return [] if len(sources) < 2 else ["The models do not share one chat template: each was asked through its own."]
+
+
+def _failure(gate: dict[str, Any]) -> str:
+    found = "not measured" if gate["value"] is None else f"{gate['value']:.4g} [{gate['low']:.4g}, {gate['high']:.4g}]"
+    return f"{gate['subject']} must be {gate['bounds']}; it is {found}"

@@ -1,0 +1,136 @@
+"""DPO on TRL's DPOTrainer: packed, with reference log-probs taken from the policy before its first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import DPOConfig, DPOTrainer
+
+from posttrain.errors import StageError
+from posttrain.pretraining.loop import Piece, Spine, Step
+from posttrain.pretraining.packing import cut_step
+from posttrain.training.packed_view import PackedView
+from posttrain.training.pairs import Pair, pad_pairs
+from posttrain.training.sft import placeholder_dataset, restore_dtypes, trainable_dtypes
+
+COUPLED = frozenset({"aot", "aot_unpaired", "bco_pair", "sft"})
+"""Loss types in which the pairs of a batch act on one another: a step with one of them is never cut."""
+
+
+class NoReference(torch.nn.Module):
+    """Stands where TRL wants a reference model.
+
+    The reference log-probs come with every batch, so nothing may ever call it. Given explicitly, it
+    keeps TRL from copying the adapter, from loading a second model, and from switching off the frozen
+    adapters below the one in training.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises: there is no reference model."""
+        raise StageError("dpo", "TRL asked for a reference model", "report this: references are precomputed")
+
+
+class SpineDpoTrainer(Spine, DPOTrainer):
+    """TRL's DPO losses under our loop; the mean over the pairs of the whole step."""
+
+    row_tokens: int
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset  # rows come from the loop, tokenised by us
+
+    def piece_loss(self, model, tensors: dict, share: float, step: Step) -> torch.Tensor:
+        """Mean loss of the piece's pairs, weighted by its share of the step's pairs."""
+        return self.compute_loss(model, tensors) * share
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        return super()._compute_loss(PackedView(model, self.row_tokens), inputs, return_outputs)
+
+    def policy_logps(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probs of both answers under the live policy, by the very path that trains.
+
+        Args:
+            tensors: from `pad_pairs`.
+
+        Returns:
+            [B, 2] fp32 on the CPU: chosen, rejected; TRL's `ld_alpha` weighting included.
+        """
+        self.model.train()  # the mode of training, which 4-bit kernels depend on; every dropout is off
+        view = PackedView(self.model, self.row_tokens)
+        both = self.compute_ref_log_probs(view, self._prepare_inputs(dict(tensors)))
+        return torch.stack(both, dim=1).float().cpu()
+
+    @torch.no_grad()
+    def loss_before_training(self, step: Step) -> float:
+        """The loss of a step as the model stands, without gradients; TRL's metrics are left as they were."""
+        self.model.train()
+        loss = 0.0
+        for piece in step.pieces:
+            with self.compute_loss_context_manager():
+                inputs = self._prepare_inputs(dict(piece.tensors))
+                loss += self.piece_loss(self.model, inputs, piece.share, step).item()
+        self._metrics["train"].clear()
+        self._total_train_tokens = 0
+        return loss
+
+
+def build_dpo_trainer(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any], row_tokens: int
+) -> SpineDpoTrainer:
+    """Builds the trainer without letting TRL touch data, dtypes, adapters or the reference.
+
+    Args:
+        model: loaded and wrapped by us; which parameters train, and their dtypes, stay as they are.
+        arguments: from `posttrain.pretraining.arguments.trainer_arguments`.
+        row_tokens: capacity of a packed row.
+    """
+    dtypes = trainable_dtypes(model)
+    args = DPOConfig(**arguments | {"disable_dropout": True, "precompute_ref_log_probs": False})
+    trainer = SpineDpoTrainer(
+        model=model,
+        ref_model=NoReference(model.config),
+        args=args,
+        train_dataset=placeholder_dataset(),
+        processing_class=tokenizer,
+        data_collator=lambda batch: batch,
+    )
+    restore_dtypes(model, dtypes)
+    trainer.precompute_ref_logps = True  # read the reference from the batch
+    trainer.row_tokens = row_tokens
+    return trainer
+
+
+def dpo_step(
+    pairs: list[Pair],
+    references: torch.Tensor,
+    pad_id: int,
+    tokens: int,
+    most_pairs: int | None,
+    loss_types: list[str],
+) -> Step:
+    """Cuts the pairs of one optimizer step into pieces.
+
+    Args:
+        references: [N, 2] fp32 log-probs of chosen and rejected under the reference.
+        tokens: most tokens of a piece; a pair counts both its sequences.
+        most_pairs: most pairs of a piece.
+        loss_types: the losses; a coupled one keeps the step in one piece.
+    """
+    if COUPLED & set(loss_types):
+        chosen = [list(range(len(pairs)))]
+    else:
+        pieces = cut_step([pair.tokens for pair in pairs], 1, tokens, most_pairs)
+        chosen = [[index for row in piece for index in row] for piece in pieces]
+    made = []
+    for indices in chosen:
+        batch = pad_pairs([pairs[index] for index in indices], pad_id)
+        batch["ref_chosen_logps"], batch["ref_rejected_logps"] = references[indices].unbind(dim=1)
+        made.append(Piece(batch, len(indices) / len(pairs)))
+    supervised = sum(pair.supervised for pair in pairs)
+    return Step(made, rows=len(pairs), tokens=sum(pair.tokens for pair in pairs), supervised=supervised)

@@ -1,0 +1,91 @@
+"""Reference log-probs: precomputed once with the policy before its first step, cached by content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain.artifact import fingerprint
+from posttrain.training.dpo import SpineDpoTrainer
+from posttrain.training.limits import Limits
+from posttrain.training.pairs import Pair, pad_pairs
+
+
+def reference_key(policy: dict[str, Any], pairs: list[Pair]) -> str:
+    """Key of a cache entry: what the policy is and how it computes, and the exact token ids.
+
+    Args:
+        policy: everything that decides the policy's log-probs (weights' fingerprints, quantisation,
+            precision, attention, `ld_alpha`).
+    """
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for part in (pair.prompt, pair.chosen, pair.rejected):
+            digest.update(len(part).to_bytes(4, "little"))
+            digest.update(np.ascontiguousarray(part, dtype="<i4").tobytes())
+    return fingerprint({"policy": policy, "pairs": digest.hexdigest()})
+
+
+def reference_logps(
+    trainer: SpineDpoTrainer,
+    pairs: list[Pair],
+    pad_id: int,
+    limits: Limits,
+    cache: Path,
+    events: Callable[..., None],
+    should_stop: Callable[[], bool],
+) -> torch.Tensor:
+    """Computes, or reads, the log-probs of all pairs under the trainer's untrained policy.
+
+    The cache file is filled in place, NaN marking what is missing, so a killed run goes on where it
+    was; it belongs to one content key, so it can never be another run's.
+
+    Args:
+        cache: path of the [N, 2] float32 `.npy`; its name carries `reference_key`.
+
+    Returns:
+        [N, 2] fp32: chosen, rejected.
+    """
+    table = _open_table(cache, len(pairs))
+    missing = [int(index) for index in np.flatnonzero(np.isnan(table).any(axis=1))]
+    missing.sort(key=lambda index: (-pairs[index].tokens, index))
+    done = len(pairs) - len(missing)
+    for batch in _batches(missing, pairs, limits):
+        if should_stop():
+            break
+        logps = trainer.policy_logps(pad_pairs([pairs[index] for index in batch], pad_id))
+        table[batch] = logps.numpy()
+        done += len(batch)
+        events("phase", text=f"reference log-probs {done}/{len(pairs)}")
+    table.flush()
+    return torch.from_numpy(np.array(table))
+
+
+def _open_table(cache: Path, rows: int) -> np.memmap:
+    if not cache.exists():
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
+        with temporary.open("wb") as file:
+            np.save(file, np.full((rows, 2), np.nan, dtype=np.float32))
+        temporary.replace(cache)
+    return np.lib.format.open_memmap(cache, mode="r+")
+
+
+def _batches(indices: list[int], pairs: list[Pair], limits: Limits) -> list[list[int]]:
+    batches: list[list[int]] = []
+    used = 0
+    for index in indices:
+        size = pairs[index].tokens
+        full = limits.documents is not None and batches and len(batches[-1]) >= limits.documents
+        if not batches or full or used + size > limits.tokens:
+            batches.append([])
+            used = 0
+        batches[-1].append(index)
+        used += size
+    return batches

@@ -1,0 +1,78 @@
+"""SFT (and pretraining) on TRL's SFTTrainer, fed with our own rows and steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from posttrain.pretraining.loop import Piece, Spine, Step
+from posttrain.pretraining.packing import cut_step, stack
+from posttrain.pretraining.rows import Row
+
+
+class SpineSftTrainer(Spine, SFTTrainer):
+    """TRL's SFT loss (fused head, no full logits) under our loop; normalised by the step's supervised tokens."""
+
+    def piece_loss(self, model, tensors: dict, share: float, step: Step) -> torch.Tensor:
+        """Negative log-likelihood of the piece's supervised tokens over those of the whole step."""
+        count = torch.tensor(step.supervised, device=self.args.device)
+        return self.compute_loss(model, tensors, num_items_in_batch=count)
+
+
+def build_sft_trainer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any]
+) -> SpineSftTrainer:
+    """Builds the trainer without letting TRL touch data, dtypes or tokenizer.
+
+    Args:
+        model: loaded and wrapped by us; trainable parameters keep the dtype they come with (TRL would
+            cast adapters on a quantised base to bf16).
+        arguments: from `posttrain.pretraining.arguments.trainer_arguments`.
+    """
+    dtypes = trainable_dtypes(model)
+    trainer = SpineSftTrainer(
+        model=model,
+        args=SFTConfig(**arguments, packing=False, padding_free=False, dataset_kwargs={"skip_prepare_dataset": True}),
+        train_dataset=placeholder_dataset(),
+        processing_class=tokenizer,
+        data_collator=lambda batch: batch,
+    )
+    restore_dtypes(model, dtypes)
+    return trainer
+
+
+def placeholder_dataset() -> Dataset:
+    """TRL asks for a dataset at construction; the rows come from the loop."""
+    return Dataset.from_dict({"input_ids": [[0, 0]], "labels": [[0, 0]]})
+
+
+def trainable_dtypes(model: torch.nn.Module) -> dict[str, torch.dtype]:
+    """Dtype of every parameter that takes a gradient."""
+    return {name: param.dtype for name, param in model.named_parameters() if param.requires_grad}
+
+
+def restore_dtypes(model: torch.nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Casts parameters back to what they were before a trainer changed them, values included where exact."""
+    for name, param in model.named_parameters():
+        if name in dtypes and param.dtype != dtypes[name]:
+            param.data = param.data.to(dtypes[name])
+
+
+def sft_step(rows: list[Row], pad_id: int, row_tokens: int, tokens: int, documents: int | None) -> Step:
+    """Cuts the rows of one optimizer step into packed pieces.
+
+    Args:
+        row_tokens, tokens, documents: limits of a piece, see `posttrain.pretraining.packing.cut_step`.
+    """
+    supervised = sum(row.supervised for row in rows)
+    pieces = []
+    for packed in cut_step([len(row) for row in rows], row_tokens, tokens, documents):
+        chosen = [[rows[index] for index in row] for row in packed]
+        own = sum(row.supervised for group in chosen for row in group)
+        batch = {name: torch.from_numpy(array) for name, array in stack(chosen, pad_id).items()}
+        pieces.append(Piece(batch, own / max(supervised, 1)))
+    return Step(pieces, rows=len(rows), tokens=sum(map(len, rows)), supervised=supervised)
