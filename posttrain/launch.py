@@ -239,5 +239,3 @@ def launch(
 ) -> None:
     """Runs one stage to its end; raises what `attend` raises."""
     attend(stage, start(job, runtime, lock), asked, listener)
-
-

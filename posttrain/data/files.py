@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from posttrain.artifact import visible_files
 from posttrain.data.jsontext import BadJson, parse_json
@@ -108,7 +109,9 @@ def _json_rows(path: Path, limits: Limits) -> Iterator[NumberedRow]:
     if not isinstance(rows, list):
         keys = f" with keys {', '.join(list(value)[:8])}" if isinstance(value, dict) else ""
         raise DataError(
-            str(path), f"one {_json_type(value)}{keys}", "a JSON file is a list of rows, or an object with a `data` list"
+            str(path),
+            f"one {_json_type(value)}{keys}",
+            "a JSON file is a list of rows, or an object with a `data` list",
         )
     for number, row in enumerate(rows, 1):
         yield number, _object(row, path, number)
@@ -185,7 +188,7 @@ _READERS = {
 
 def _object(row: Any, path: Path, number: int) -> dict[str, Any]:
     if not isinstance(row, dict):
-        todo = "a row is an object like {\"text\": …}; a file with one big list is .json, not .jsonl"
+        todo = 'a row is an object like {"text": …}; a file with one big list is .json, not .jsonl'
         raise DataError(f"{path}:{number}", f"a row that is a {_json_type(row)}", todo)
     return row
 
@@ -195,7 +198,7 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "number")
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
 
 

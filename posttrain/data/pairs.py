@@ -44,6 +44,12 @@ def preference(fields: dict[str, Any], origin: Origin) -> Converted:
         chosen = as_messages(fields["chosen"], origin, "chosen")
         rejected = as_messages(fields.get("rejected"), origin, "rejected")
         return _split_at_answer(chosen, rejected, fields, origin)
+    for column in ("prompt", "chosen", "rejected"):
+        if is_transcript(fields.get(column)):
+            raise origin.broken(
+                f"`{column}` is a whole transcript, not one turn",
+                "shape: transcript_pair reads whole transcripts in both chosen and rejected",
+            )
     prompt = _prompt(fields, origin)
     chosen = _answer(fields.get("chosen"), origin, "chosen")
     rejected = _answer(fields.get("rejected"), origin, "rejected")

@@ -114,10 +114,15 @@ def check_format(pattern: str, where: str) -> None:
     except ValueError as error:
         raise DataError(where, f"text_format {pattern!r}: {error}", "double braces that are text: {{ and }}") from None
     names = [name for _, name, _, _ in parts if name is not None]
-    odd = [name for _, name, spec, mark in parts if name is not None and (not name.isidentifier() or spec or mark)]
+    odd = [name for _, name, spec, mark in parts if name is not None and (not _plain(name) or spec or mark)]
     if odd or not names:
         found = f"the field {{{odd[0]}}}" if odd else "no field at all"
         raise DataError(where, f"text_format {pattern!r} has {found}", 'name columns: "{instruction}\\n{output}"')
+
+
+def _plain(name: str) -> bool:
+    """Attributes and indices would reach into objects; `{}` and `{0}` name no column."""
+    return bool(name) and not name.isdigit() and not set(name) & set(".[")
 
 
 def _text(fields: Fields, origin: Origin) -> Converted:
@@ -183,7 +188,7 @@ _CONVERTERS: dict[str, Callable[[Fields, Origin], Converted]] = {
 
 
 def _both_transcripts(fields: Fields) -> bool:
-    return "prompt" not in fields and is_transcript(fields.get("chosen")) and is_transcript(fields.get("rejected"))
+    return is_transcript(fields.get("chosen")) and is_transcript(fields.get("rejected"))
 
 
 def _wrong_kind(shape: str, want: str) -> str:

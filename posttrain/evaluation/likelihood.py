@@ -156,7 +156,7 @@ def preference(
     rows: list[Row] = []
     fitting: list[int] = []
     for number, pair in enumerate(pairs):
-        prompt, chosen, rejected = render_pair(tokenizer, template, pair.prompt, pair.chosen, pair.rejected)
+        prompt, chosen, rejected = render_pair(tokenizer, template, pair.prompt, pair.chosen, pair.rejected, pair.tools)
         if len(prompt) + max(len(chosen), len(rejected)) > max_length:
             continue
         fitting.append(number)

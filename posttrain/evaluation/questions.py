@@ -75,7 +75,7 @@ def read_questions(
 
 
 def _question(row: RawRow, prompt_field: str, rules: Sequence[CheckRule]) -> Question:
-    where = f"{row.origin.file}, row {row.origin.row}"
+    where = str(row.origin)
     prompt = _field(row, prompt_field, where, "set `prompt_field` of the suite")
     if isinstance(prompt, str) and prompt.strip():
         messages = [{"role": "user", "content": prompt}]

@@ -77,6 +77,8 @@ class Replace:
 
     key: str
     values: TensorInfo
+    of_base: bool = False
+    """Not trained: peft's copy of the base's own tensor, which matters only after a vocabulary was resized."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,7 @@ class Adapter:
     folder: Path
     config: dict[str, Any]
     edits: dict[str, list[Edit]]
-    base_copies: dict[str, Replace]
-    """Copies of the base's tensors that peft stored beside the adapter (embeddings)."""
+    """Copies of the base's own tensors first."""
     stamps: dict[Path, tuple[int, int, int]]
 
 
@@ -120,17 +121,16 @@ def read_adapter(folder: Path) -> Adapter:
         part = match["part"].removesuffix(".weight") if match["part"].startswith("lora_mag") else match["part"]
         modules.setdefault(match["module"], {})[part.removeprefix("token_adapter.")] = info
     edits: dict[str, list[Edit]] = {}
-    copies: dict[str, Replace] = {}
     for module, parts in modules.items():
-        for name, edit in _module_edits(module, parts, config):
+        trained = _trained(module, parts, config)
+        for name, edit in [*_base_copies(module, parts), *trained]:
             edits.setdefault(name, []).append(edit)
-        copies |= _base_copies(module, parts)
         if parts:
             left = ", ".join(info.name for info in parts.values())
             raise CheckpointError(str(file), f"no use for {left}", "nothing was merged")
-    if not edits and not copies:
+    if not edits:
         raise CheckpointError(str(file), "holds no tensor", "train the adapter again")
-    return Adapter(folder, config, edits, copies, stamps)
+    return Adapter(folder, config, edits, stamps)
 
 
 def _checked_config(folder: Path) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _checked_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _module_edits(module: str, parts: dict[str, TensorInfo], config: dict[str, Any]) -> list[tuple[str, Edit]]:
+def _trained(module: str, parts: dict[str, TensorInfo], config: dict[str, Any]) -> list[tuple[str, Edit]]:
     """Takes what it understands out of `parts`."""
     found: list[tuple[str, Edit]] = []
     if "trainable_tokens_delta" in parts:
@@ -216,7 +216,9 @@ def _token_indices(module: str, values: TensorInfo, config: dict[str, Any]) -> t
         given = next((rows for name, rows in given.items() if module.endswith(name)), None)
     if not given or len(given) != values.rows or len(set(given)) != len(given):
         raise CheckpointError(
-            str(values.file), f"{values.name} has {values.rows} rows for trainable_token_indices {given}", f"see {CONFIG}"
+            str(values.file),
+            f"{values.name} has {values.rows} rows for trainable_token_indices {given}",
+            f"see {CONFIG}",
         )
     return tuple(given)
 
@@ -231,13 +233,13 @@ def _may_replace(module: str, kind: str, config: dict[str, Any]) -> bool:
     return bool(config.get("ensure_weight_tying")) and module.rsplit(".", 1)[-1] in HEADS
 
 
-def _base_copies(module: str, parts: dict[str, TensorInfo]) -> dict[str, Replace]:
+def _base_copies(module: str, parts: dict[str, TensorInfo]) -> list[tuple[str, Edit]]:
     """Takes the base's own tensors out of `parts`: beside a LoRA, or whole embeddings of a resized vocabulary."""
     kinds = {"base_layer.weight": "weight", "base_layer.bias": "bias"}
     if module.rsplit(".", 1)[-1] in (*EMBEDDINGS, *HEADS):
         kinds["weight"] = "weight"
-    found = {}
+    found: list[tuple[str, Edit]] = []
     for part, kind in kinds.items():
         if values := parts.pop(part, None):
-            found[f"{module}.{kind}"] = Replace(values.name, values)
+            found.append((f"{module}.{kind}", Replace(values.name, values, of_base=True)))
     return found

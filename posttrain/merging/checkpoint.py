@@ -26,10 +26,6 @@ class Checkpoint:
     stamps: dict[Path, tuple[int, int, int]]
     """File -> (inode, size, mtime) when the headers were read."""
 
-    def check_unchanged(self) -> None:
-        """Raises CheckpointError when a file was replaced or written since its header was read."""
-        check_stamps(self.stamps)
-
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads the headers of a model folder.

@@ -82,7 +82,9 @@ def read_header(file: Path) -> list[TensorInfo]:
                 )
             text = stream.read(length)
     except FileNotFoundError:
-        raise CheckpointError(str(file), "no such file", "the folder is incomplete: copy or download it again") from None
+        raise CheckpointError(
+            str(file), "no such file", "the folder is incomplete: copy or download it again"
+        ) from None
     try:
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(file, pairs))
         entries.pop("__metadata__", None)

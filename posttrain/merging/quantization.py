@@ -56,7 +56,9 @@ def is_quantised(info: TensorInfo, spec: QuantSpec) -> bool:
         return False
     if len(info.shape) > 2:
         raise CheckpointError(
-            str(info.file), f"{info.name} has {len(info.shape)} dimensions", "use `base: original` for this architecture"
+            str(info.file),
+            f"{info.name} has {len(info.shape)} dimensions",
+            "use `base: original` for this architecture",
         )
     return len(info.shape) == 2
 

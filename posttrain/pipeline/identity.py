@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.artifact import fingerprint
+from posttrain.chat.templates import template_digest
+from posttrain.models.hub import LocalPath
 from posttrain.pipeline.inputs import Input, Inputs
 from posttrain.recipe.load import LoadedRecipe
 from posttrain.recipe.schema import AnyStage
@@ -35,6 +37,12 @@ def describe(loaded: LoadedRecipe, name: str, inputs: Inputs) -> Job:
     config = stage.model_dump(mode="json", by_alias=True)
     trainer = resolve_trainer(stage.kind, config["trainer"]) if KINDS[stage.kind].trains else {}
     seed = recipe.seed if stage.seed is None else stage.seed
+    by_content, resolved = _resolved(config, inputs, where)
+    if config.get("to") is not None:
+        resolved["to"] = str(Path(config["to"]).expanduser().absolute())
+    if config.get("chat_template") is not None:
+        resolved["chat_template"] = _template(config["chat_template"], inputs, where)
+        by_content["chat_template"] = template_digest(resolved["chat_template"])
     reads = {label: inputs.model(ref, f"{where}.{label}") for label, ref in references(stage).items()}
     identity = {
         "kind": stage.kind,
@@ -44,8 +52,7 @@ def describe(loaded: LoadedRecipe, name: str, inputs: Inputs) -> Job:
         "trainer": identity_of(stage.kind, trainer) if trainer else None,
         **{key: value for key, value in config.items() if key not in _APART | _EXECUTION | reads.keys()},
         **_of_inputs(reads),
-        **_of_template(config, inputs, where),
-        **_of_data(config, inputs, where),
+        **by_content,
     }
     identity = without_none(identity)
     runtime = recipe.runtime.model_dump(mode="json")
@@ -56,7 +63,7 @@ def describe(loaded: LoadedRecipe, name: str, inputs: Inputs) -> Job:
         recipe_dir=str(inputs.recipe_dir.absolute()),
         stage=name,
         kind=stage.kind,
-        config=_for_job(config, inputs, where),
+        config={**config, **resolved},
         trainer=trainer,
         seed=seed,
         precision=recipe.precision,
@@ -89,56 +96,25 @@ def _of_inputs(reads: dict[str, Input]) -> dict[str, Any]:
     return {**single, "models": columns or None}
 
 
-def _of_template(config: dict[str, Any], inputs: Inputs, where: str) -> dict[str, Any]:
-    if config.get("chat_template") is None:
-        return {}
-    from posttrain.chat.templates import template_digest
+def _resolved(config: dict[str, Any], inputs: Inputs, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Resolves the sources of `data:` (training) and `suites:` (evaluation): (for the identity, for the job)."""
 
-    return {"chat_template": template_digest(_template(config["chat_template"], inputs, where))}
+    def each(block: dict[str, Any], key: str, at: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        pairs = [inputs.source(source, f"{at}.{key}[{i}]") for i, source in enumerate(block[key])]
+        return {**block, key: [identity for identity, _ in pairs]}, {**block, key: [settings for _, settings in pairs]}
 
-
-def _of_data(config: dict[str, Any], inputs: Inputs, where: str) -> dict[str, Any]:
-    """Identity of `data:` (training) and `suites:` (evaluation), each source by its content."""
-    found: dict[str, Any] = {}
+    identity: dict[str, Any] = {}
+    job: dict[str, Any] = {}
     if "data" in config:
-        sources = _each_source(config["data"]["sources"], inputs, f"{where}.data.sources")
-        found["data"] = {**config["data"], "sources": [identity for identity, _ in sources]}
+        identity["data"], job["data"] = each(config["data"], "sources", f"{where}.data")
     if "suites" in config:
-        found["suites"] = [
-            {**suite, "data": [one for one, _ in _each_source(suite["data"], inputs, f"{where}.suites[{i}].data")]}
-            for i, suite in enumerate(config["suites"])
-        ]
-    return found
-
-
-def _each_source(
-    sources: list[dict[str, Any]], inputs: Inputs, where: str
-) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    return [inputs.source(source, f"{where}[{i}]") for i, source in enumerate(sources)]
+        suites = [each(suite, "data", f"{where}.suites[{i}]") for i, suite in enumerate(config["suites"])]
+        identity["suites"], job["suites"] = [one for one, _ in suites], [one for _, one in suites]
+    return identity, job
 
 
 def _template(name: str, inputs: Inputs, where: str) -> str:
     """A bundled template's bare name as it stands; a `.jinja` file as an absolute path."""
     if not name.endswith(".jinja"):
         return name
-    from posttrain.models.hub import LocalPath
-
     return str(inputs.path(LocalPath(Path(name).expanduser()), f"{where}.chat_template"))
-
-
-def _for_job(config: dict[str, Any], inputs: Inputs, where: str) -> dict[str, Any]:
-    """The stage's settings with every path absolute and every hub data set at its commit."""
-    config = dict(config)
-    if "data" in config:
-        sources = _each_source(config["data"]["sources"], inputs, f"{where}.data.sources")
-        config["data"] = {**config["data"], "sources": [settings for _, settings in sources]}
-    if "suites" in config:
-        config["suites"] = [
-            {**suite, "data": [one for _, one in _each_source(suite["data"], inputs, f"{where}.suites[{i}].data")]}
-            for i, suite in enumerate(config["suites"])
-        ]
-    if config.get("chat_template") is not None:
-        config["chat_template"] = _template(config["chat_template"], inputs, where)
-    if config.get("to") is not None:
-        config["to"] = str(Path(config["to"]).expanduser().absolute())
-    return config

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -22,6 +22,11 @@ from transformers import TrainerCallback
 from posttrain.errors import StageError
 from posttrain.pretraining.checkpoint import load_trainable, save_trainable, write_checkpoint
 from posttrain.pretraining.metrics import MetricsLog
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Host
+else:
+    _Host = object  # a mixin: the Trainer comes after it in the class that uses both
 
 _NOISE = {"epoch", "num_tokens"}  # TRL counts the width of a batch as its tokens; ours stand beside
 
@@ -87,7 +92,7 @@ class _Window:
     started: float = field(default_factory=time.perf_counter)
 
 
-class Spine:
+class Spine(_Host):
     """Mixin for a transformers Trainer that runs a `Loop`; set `loop` before `train`."""
 
     loop: Loop
@@ -143,7 +148,7 @@ class Spine:
         raise NotImplementedError
 
     def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         value = norm.item() if isinstance(norm, torch.Tensor) else norm
         if value is not None and not math.isfinite(value) and self.accelerator.scaler is None:
             raise StageError(

@@ -40,25 +40,24 @@ def make_row(ids: Iterable[int], labels: Iterable[int]) -> Row:
     return Row(ids_T, labels_T, np.arange(len(ids_T), dtype=np.int32))
 
 
-def wrap(documents: list[np.ndarray], length: int) -> tuple[list[Row], list[list[int]]]:
+def wrap(documents: list[Row], length: int) -> tuple[list[Row], list[list[int]]]:
     """Cuts one long stream of documents into rows of `length` tokens; only the last may be shorter.
 
     A document that is cut goes on in the next row at position 0, so rows can be read in any order.
 
-    Args:
-        documents: token ids, [T_i] int32 each, end-of-sequence token included.
-
     Returns:
         The rows, and for each row the indices of the documents it holds.
     """
-    ids, owners = np.concatenate(documents), np.repeat(np.arange(len(documents)), [len(d) for d in documents])
+    ids = np.concatenate([document.ids for document in documents])
+    labels = np.concatenate([document.labels for document in documents])
+    owners = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
     rows, members = [], []
     for start in range(0, len(ids), length):
-        owner_T = owners[start : start + length]
+        part = slice(start, start + length)
+        owner_T = owners[part]
         new_document = np.flatnonzero(np.diff(owner_T, prepend=-1))
         positions = np.arange(len(owner_T)) - np.repeat(new_document, np.diff(new_document, append=len(owner_T)))
-        ids_T = ids[start : start + length].astype(np.int32)
-        labels_T = np.where(positions == 0, IGNORE, ids_T).astype(np.int32)
-        rows.append(Row(ids_T, labels_T, positions.astype(np.int32)))
+        labels_T = np.where(positions == 0, IGNORE, labels[part]).astype(np.int32)
+        rows.append(Row(ids[part], labels_T, positions.astype(np.int32)))
         members.append([int(owner) for owner in owner_T[new_document]])
     return rows, members

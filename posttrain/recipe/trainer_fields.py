@@ -156,7 +156,7 @@ def loss_types(kind: TrainerKind) -> tuple[str, ...]:
     """Loss types that the trainer's own code handles: it is stricter than its config."""
     source = _source("trl", f"trainer/{kind}_trainer.py")
     if kind == "dpo":
-        found = re.findall(r'\bif loss_type == "(\w+)"', source)
+        found = re.findall(r'\b(?:el)?if loss_type == "(\w+)"', source)
     else:
         match = re.search(r"\.loss_type not in (\([^)]*\))", source)
         found = list(ast.literal_eval(match.group(1))) if match else []

@@ -171,10 +171,15 @@ def complete(job: Job, folder: Path, events: Events, stop: Stop, started: float)
         version=kind.version,
         fingerprint=job.fingerprint,
         identity=job.identity,
-        inputs={label: _spell(given) for label, given in job.inputs.items()},
+        inputs=job.spelled_inputs(),
         lineage=summary.lineage,
         files=describe_files(folder, summary.files),
-        summary={"headline": summary.headline, "metrics": summary.metrics, "failed": summary.failed},
+        summary={
+            "headline": summary.headline,
+            "metrics": summary.metrics,
+            "table": summary.table,
+            "failed": summary.failed,
+        },
         ledger=summary.ledger,
         provenance=provenance(started, time.time()),
     )
@@ -183,11 +188,6 @@ def complete(job: Job, folder: Path, events: Events, stop: Stop, started: float)
     _kill_at(job.stage, "after_record")
     publish_folder(folder, Path(job.run_dir) / job.stage)
     events("done", headline=summary.headline, failed=summary.failed)
-
-
-def _spell(given: dict[str, Any]) -> str:
-    ref = given["ref"].split("@")[0] if given["revision"] else given["ref"]
-    return f"{ref}@{given['revision']}" if given["revision"] else ref
 
 
 def _kill_at(stage: str, point: str) -> None:

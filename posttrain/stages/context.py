@@ -56,6 +56,13 @@ class Job:
         """The job as JSON text."""
         return json.dumps(self.__dict__, indent=2, ensure_ascii=False)
 
+    def spelled_inputs(self) -> dict[str, str]:
+        """What each input is, for people: `@stage`, a path, or a hub id with its commit."""
+        return {
+            label: f"{given['ref'].split('@')[0]}@{given['revision']}" if given["revision"] else given["ref"]
+            for label, given in self.inputs.items()
+        }
+
 
 class Events:
     """One-way lines of JSON from a stage to whoever started it; silent when nobody listens.
@@ -110,5 +117,7 @@ class Summary:
     metrics: dict[str, Any] = field(default_factory=dict)
     lineage: dict[str, Any] | None = None
     ledger: dict[str, Any] | None = None
+    table: str = ""
+    """Lines of text that a run shows at its end, skipped or not: the comparison of models, say."""
     failed: list[str] = field(default_factory=list)
     """Gates or limits that did not hold: the artifact stands, the run stops with exit code 1."""

@@ -113,7 +113,7 @@ def _talker(name: str, config: schema.Evaluate, context: Context) -> Talker:
     context.events("phase", text=f"{name}: loading {given.ref}")
     folder = _folder(given)
     tokenizer = load_tokenizer(folder)
-    template = _template(name, folder, config, context)
+    template = _template(name, folder, config)
     eos_ids = (end_of_turn(tokenizer, template).id,) if template else ()
     model = _load(given, folder, context)
     default = 16384 if model.device.type == "cuda" else 4096
@@ -129,7 +129,7 @@ def _folder(given: ModelInput) -> Path:
     return fetch_model(hub.id, given.revision)
 
 
-def _template(name: str, folder: Path, config: schema.Evaluate, context: Context) -> ChatTemplate | None:
+def _template(name: str, folder: Path, config: schema.Evaluate) -> ChatTemplate | None:
     """A model's own saved template, else the one the recipe gives to models that have none."""
     if all(suite.kind == "bits_per_byte" for suite in config.suites):
         return None
@@ -138,8 +138,7 @@ def _template(name: str, folder: Path, config: schema.Evaluate, context: Context
         return load_template(str(own))
     if config.chat_template is None:
         raise ChatError(f"models.{name}", f"{folder} has no chat_template.jinja", "set `chat_template` of the stage")
-    beside = context.recipe_dir / config.chat_template
-    return load_template(str(beside) if beside.is_file() else config.chat_template)
+    return load_template(config.chat_template)
 
 
 def _load(given: ModelInput, folder: Path, context: Context) -> PreTrainedModel:
@@ -216,7 +215,7 @@ def _row_line(suite: Suite, row: int, scores: Scores) -> str:
     if suite.kind == "generate":
         asked = {"origin": given.origin, "question": given.messages, "expected": given.expected}
     else:
-        asked = {"origin": f"{given.origin.file}, row {given.origin.row}"}
+        asked = {"origin": str(given.origin)}
     found = {name: one.detail if (one := rows[row]) else None for name, rows in scores.items()}
     return json.dumps({**asked, "models": found}, ensure_ascii=False)
 

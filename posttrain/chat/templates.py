@@ -1,0 +1,171 @@
+"""Chat templates: the bundled ones, a user's file, and the form that is saved in a model folder.
+
+A template may carry `{% generation %}` marks around what the assistant says. Folders are saved WITHOUT
+them: transformers renders marked templates, other engines (vLLM, llama.cpp) need not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from posttrain.errors import ChatError
+
+_MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+_MAX_CHARS = 200_000
+_SUFFIXES = (".jinja", ".jinja2", ".j2")
+
+
+@dataclass(frozen=True)
+class TemplateFacts:
+    """What is known of a template without rendering it; of a user's own file nothing is."""
+
+    family: str = "unknown"
+    required_tokens: tuple[str, ...] = ()
+    """Texts that must be one token each; `eos_token` and `bos_token` mean the tokenizer's own."""
+    stop: tuple[str, ...] = ()
+    """Tokens that end generation beside the end of turn, where the tokenizer has them."""
+    bos: Literal["none", "template", "unknown"] = "unknown"
+    """Whether the template writes the beginning-of-text token; nothing else ever adds it."""
+    system: Literal["native", "concatenated", "folded", "refused", "unknown"] = "unknown"
+    tools: bool | None = None
+    thinking: bool | None = None
+    trims: bool | None = None
+    """Whether contents lose their outer white space."""
+    marks: Literal["exact", "unproved"] = "unproved"
+    """`exact`: a test proves that the marks hold answer + end of turn, and that history is never rewritten."""
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A Jinja chat template and what is known of it."""
+
+    name: str
+    source: str
+    """Jinja text, marks included."""
+    facts: TemplateFacts = TemplateFacts()
+
+    @property
+    def inference(self) -> str:
+        """The text that is saved in model folders: the same rendering, no marks."""
+        return strip_marks(self.source)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of `inference`: what records name and `verify_saved` expects."""
+        return template_digest(self.inference)
+
+
+def template_digest(source: str) -> str:
+    """SHA-256 (hex) of a template's text, exactly as it stands."""
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
+@lru_cache(maxsize=64)
+def strip_marks(source: str) -> str:
+    """Removes the generation marks of a template; every rendering stays the same byte for byte.
+
+    White space beside a mark is data to Jinja unless the mark has a dash on that side. Marks that
+    cannot be cut out without touching such white space become `{% if true %}` ... `{% endif %}`.
+    """
+    marks = list(_MARK.finditer(source))
+    if all(_cuts_cleanly(source, mark) for mark in marks):
+        pieces, at = [], 0
+        for mark in marks:
+            before = source[at : mark.start()]
+            pieces.append(before.rstrip() if mark[1] == "-" else before)
+            at = mark.end()
+            if mark[3] == "-":
+                at += len(source[at:]) - len(source[at:].lstrip())
+        return "".join(pieces) + source[at:]
+    return _MARK.sub(lambda mark: f"{{%{mark[1]} {'endif' if mark[2] else 'if true'} {mark[3]}%}}", source)
+
+
+def _cuts_cleanly(source: str, mark: re.Match[str]) -> bool:
+    left = mark[1] == "-" or (not mark[1] and not source[: mark.start()][-1:].isspace())
+    right = mark[3] == "-" or (not mark[3] and not source[mark.end() :][:1].isspace())
+    return left and right
+
+
+def load_template(name_or_path: str, base_dir: Path) -> ChatTemplate:
+    """Loads a bundled template by bare name, else a `.jinja` file relative to `base_dir`.
+
+    Raises:
+        UserError: no bundled template of that name (the nearest are suggested).
+        ChatError: the file is missing, empty or no text.
+    """
+    if "/" not in name_or_path and not name_or_path.endswith(_SUFFIXES):
+        return _load_bundled(name_or_path)
+    path = base_dir / Path(name_or_path).expanduser()
+    return recognise(_read(path), path.name)
+
+
+def read_folder_template(folder: Path) -> ChatTemplate | None:
+    """Reads a model folder's own template, or returns None; `chat_template.jinja` wins, as in transformers.
+
+    Raises:
+        ChatError: the file cannot be read, or there are several templates and none is the default.
+    """
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return recognise(_read(path), path.name)
+    config = folder / "tokenizer_config.json"
+    if not config.is_file():
+        return None
+    from posttrain.chat.files import read_json
+
+    value = read_json(config).get("chat_template")
+    return own_template(value, str(config))
+
+
+def own_template(value: Any, where: str) -> ChatTemplate | None:
+    """Builds the template of a tokenizer from its `chat_template` attribute (None, text, or several by name).
+
+    Raises:
+        ChatError: several templates, and none is called `default`.
+    """
+    if isinstance(value, list):  # as older tokenizer_config.json files write several
+        value = {entry["name"]: entry["template"] for entry in value}
+    if isinstance(value, dict):
+        if "default" not in value:
+            raise ChatError(where, f"templates {', '.join(value)}, none called default", "name one as chat_template")
+        value = value["default"]
+    return recognise(value, "the model's own") if value else None
+
+
+def recognise(source: str, name: str) -> ChatTemplate:
+    """Returns the bundled template that a text is (marked or not), else one of which nothing is known."""
+    from posttrain.recipe.bundled import list_bundled
+
+    digest = template_digest(strip_marks(source))
+    for bundled in map(_load_bundled, list_bundled("chat_templates")):
+        if bundled.digest == digest:
+            return bundled
+    return ChatTemplate(name, source)
+
+
+@lru_cache(maxsize=64)
+def _load_bundled(name: str) -> ChatTemplate:
+    from posttrain.recipe.bundled import find_bundled  # late: only this needs to know where bundled files lie
+
+    path = find_bundled("chat_templates", name)
+    facts = yaml.safe_load(path.with_suffix(".yaml").read_text(encoding="utf-8"))
+    frozen = {key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
+    return ChatTemplate(name, _read(path), TemplateFacts(**frozen))
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8")  # bytes: newlines are part of a template
+    except (OSError, UnicodeDecodeError) as error:
+        raise ChatError(str(path), f"cannot be read ({error})", "give a bundled name or a .jinja file") from None
+    if not text.strip() or len(text) > _MAX_CHARS:
+        raise ChatError(str(path), f"{len(text)} characters", "a chat template is a Jinja text of 1 to 200,000")
+    return text

@@ -1,0 +1,209 @@
+"""The command line: thin, and nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from posttrain.errors import Interrupted, PosttrainError, UserError
+
+if TYPE_CHECKING:
+    from posttrain.pipeline.plan import Plan
+    from posttrain.recipe.load import LoadedRecipe
+
+app = typer.Typer(
+    name="posttrain",
+    help="One recipe from a foundational checkpoint to an instruct and an aligned model, every hand-off proved.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Bundled recipe's name, or a YAML file.")]
+RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of all runs.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. stages.dpo.trainer.beta=0.1."),
+]
+DEFAULT_RUNS = Path("runs")
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    runs_dir: RunsDir = DEFAULT_RUNS,
+    overrides: Overrides = None,
+    redo: Annotated[
+        list[str] | None, typer.Option("--redo", metavar="STAGE", help="Run it again, and what depends on it.")
+    ] = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and stop.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Recompute the SHA-256 of inputs and outputs.")] = False,
+    other_versions: Annotated[
+        bool, typer.Option("--other-versions", help="Resume checkpoints that other library versions wrote.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Run a recipe: finished stages are skipped, unfinished ones resumed."""
+    from posttrain.console import open_console
+    from posttrain.pipeline.run import Request, run_recipe
+
+    loaded = _load(recipe, overrides)
+    request = Request(tuple(redo or ()), until, verify, other_versions)
+    if dry_run:
+        planned = request.plan(loaded, runs_dir / loaded.recipe.name)
+        _show_plan(planned)
+        planned.refuse()
+        return
+    console = open_console(quiet)
+    try:
+        run_recipe(loaded, runs_dir, request, console)
+    except Interrupted as error:
+        again = ["posttrain", "run", recipe, *(["--runs-dir", str(runs_dir)] if runs_dir != DEFAULT_RUNS else [])]
+        again += [word for override in overrides or [] for word in ("--set", override)]
+        raise Interrupted(error.where, error.found, f"go on with: {shlex.join(again)}") from None
+    finally:
+        console.close()
+
+
+@app.command()
+def check(recipe: RecipeArgument, runs_dir: RunsDir = DEFAULT_RUNS, overrides: Overrides = None) -> None:
+    """Check a recipe without running it: its settings, its inputs, and what a run would do."""
+    from posttrain.pipeline.plan import plan
+
+    loaded = _load(recipe, overrides)
+    planned = plan(loaded, runs_dir / loaded.recipe.name)
+    typer.echo(
+        f"{loaded.recipe.name}: {len(planned.stages)} stages, seed {loaded.recipe.seed}, {loaded.recipe.precision}"
+    )
+    for stage in planned.stages:
+        typer.echo(f"\n{stage.stage} ({stage.job.kind})")
+        for line in _about(stage.identity, stage.job.spelled_inputs()):
+            typer.echo(f"  {line}")
+    typer.echo()
+    _show_plan(planned)
+    planned.refuse()
+
+
+@app.command()
+def rehearse(
+    recipe: RecipeArgument,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the rehearsal; a temporary one if absent.")
+    ] = None,
+    overrides: Overrides = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Run all stages of a recipe on the CPU with a tiny twin of its model and a few rows."""
+    import tempfile
+
+    from posttrain import rehearse as rehearsal
+    from posttrain.console import open_console
+
+    loaded = _load(recipe, overrides)
+    console = open_console(quiet)
+    with tempfile.TemporaryDirectory(prefix="posttrain-rehearsal-") as temporary:
+        try:
+            rehearsal.rehearse(loaded, out or Path(temporary), console)
+        finally:
+            console.close()
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, with which editors complete and check them."""
+    import json
+
+    from posttrain.recipe.json_schema import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def runs(runs_dir: RunsDir = DEFAULT_RUNS) -> None:
+    """List the runs, their stages and their sizes."""
+    from posttrain.runs import list_runs, spell_bytes
+
+    for found in list_runs(runs_dir):
+        typer.echo(f"{found.folder.name}  {spell_bytes(found.bytes)}")
+        for stage in found.stages:
+            typer.echo(f"  {stage.name:<16} {stage.state:<10} {spell_bytes(stage.bytes):>9}  {stage.headline}".rstrip())
+
+
+@app.command()
+def prune(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One run; all when absent.")] = None,
+    runs_dir: RunsDir = DEFAULT_RUNS,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove what was moved aside, checkpoints of finished stages and leftovers, after asking."""
+    from posttrain.runs import list_runs, removable, remove, spell_bytes
+
+    folders = [found.folder for found in list_runs(runs_dir)]
+    if name is not None and runs_dir / name not in folders:
+        raise UserError(str(runs_dir / name), "no such run", "see `posttrain runs`")
+    found = {folder: removable(folder) for folder in folders if name in (None, folder.name)}
+    items = [item for several in found.values() for item in several]
+    for item in items:
+        typer.echo(f"{spell_bytes(item.bytes):>9}  {item.path}  ({item.why})")
+    if not items:
+        typer.echo("nothing to remove")
+        return
+    total = spell_bytes(sum(item.bytes for item in items))
+    if not yes and not typer.confirm(f"remove these {len(items)}, {total} in all?"):
+        raise typer.Exit(1)
+    for folder, several in found.items():
+        if several:
+            remove(folder, several)
+    typer.echo(f"removed {total}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version of posttrain and of the libraries it stands on."""
+    from posttrain.stages.provenance import versions
+
+    for library, installed in versions().items():
+        typer.echo(f"{library} {installed}")
+
+
+def _load(recipe: str, overrides: list[str] | None) -> LoadedRecipe:
+    from posttrain.recipe.load import load_recipe
+
+    return load_recipe(recipe, overrides or [], os.environ)
+
+
+def _show_plan(planned: Plan) -> None:
+    """Prints one line per stage: what happens to it, and why."""
+    from posttrain.pipeline.plan import explain
+
+    width = max(len(stage.stage) for stage in planned.stages)
+    for stage in planned.stages:
+        why = "; ".join(explain(stage)) if stage.action == "refuse" else stage.reason or stage.headline
+        failed = f"did not hold: {'; '.join(stage.failed)}" if stage.failed else ""
+        line = f"{stage.stage:<{width}}  {stage.job.kind:<8}  {stage.action:<7}  {failed or why}"
+        typer.echo(line.rstrip())
+
+
+def _about(identity: dict[str, object], inputs: dict[str, str]) -> list[str]:
+    """Spells what a stage reads and is set to, without digests."""
+    from posttrain.pipeline.plan import show
+
+    lines = [f"{label}: {ref}" for label, ref in inputs.items()]
+    hidden = {"kind", "version", "seed", "precision", "trainer", "chat_template", *inputs, "models"}
+    return lines + [f"{key}: {show(value)}" for key, value in identity.items() if key not in hidden]
+
+
+def main() -> None:
+    """Entry point: a mistake is one message on stderr and an exit code, never a traceback."""
+    try:
+        app()
+    except PosttrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,122 @@
+"""The arithmetic of a merge, in fp32, on blocks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from posttrain.merging.adapter import Add, Edit, LowRank, Rows
+from posttrain.merging.header import TensorInfo, read_rows, read_tensor
+from posttrain.merging.plan import Output
+from posttrain.merging.quantization import QuantSpec, dequantised, is_quantised
+
+BLOCK = 1 << 23
+"""Elements of a block: 32 MiB in fp32."""
+
+Reader = Callable[[int, int], torch.Tensor]
+"""(start, stop) -> those rows in fp32."""
+Step = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""(source rows, rows so far, first row) -> rows after the edit; all fp32, may change `rows so far`."""
+
+
+def row_blocks(shape: tuple[int, ...], block: int = BLOCK) -> Iterator[tuple[int, int]]:
+    """Yields (start, stop) over a tensor's rows so that no block has more than `block` elements, or one row."""
+    rows = shape[0] if shape else 1
+    width = max(1, torch.Size(shape[1:]).numel())
+    step = max(1, block // width)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def reader(info: TensorInfo, spec: QuantSpec | None) -> Reader:
+    """Opens a tensor for reading in fp32: as stored, or (with `spec`) as a 4-bit training saw it.
+
+    A quantised tensor is held whole while the reader lives, since double quantisation needs the mean of
+    all its scales.
+    """
+    if spec is None:
+        return lambda start, stop: read_rows(info, start, stop).float()
+    if is_quantised(info, spec):
+        whole = dequantised(read_tensor(info), spec)
+        return lambda start, stop: whole[start:stop].float()
+    return lambda start, stop: read_rows(info, start, stop).to(spec.dtype).float()
+
+
+def merged_blocks(
+    output: Output, spec: QuantSpec | None, block: int = BLOCK
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields (base rows, merged rows) of one output in fp32, unrounded, never more than `block` elements at once.
+
+    Base rows are those the change is measured against: the source's own where the shape changed.
+    """
+    from_base = output.source is output.base
+    source = reader(output.source, spec if from_base else None)
+    same_shape = output.source.shape == output.base.shape
+    base = reader(output.base, spec) if not from_base and same_shape else source
+    steps = [_step(edit, output, source, block) for edit in output.edits]
+    for start, stop in row_blocks(output.source.shape, block):
+        values = source(start, stop)
+        rows = values.clone() if steps else values
+        for step in steps:
+            rows = step(values, rows, start)
+        yield (values if base is source else base(start, stop)), rows
+
+
+def _step(edit: Edit, output: Output, source: Reader, block: int) -> Step:
+    if isinstance(edit, LowRank):
+        return _low_rank(edit, output, source, block)
+    if isinstance(edit, Rows):
+        return _rows(edit)
+    assert isinstance(edit, Add), "a Replace is a source, not a step"
+    added = read_tensor(edit.values).float() * edit.scale
+    return lambda values, rows, start: rows.add_(added[start : start + len(rows)])
+
+
+def _rows(edit: Rows) -> Step:
+    new = read_tensor(edit.values).float()
+
+    def step(values: torch.Tensor, rows: torch.Tensor, start: int) -> torch.Tensor:
+        for index, row in zip(edit.indices, new, strict=True):
+            if start <= index < start + len(rows):
+                rows[index - start] = row
+        return rows
+
+    return step
+
+
+def _low_rank(edit: LowRank, output: Output, source: Reader, block: int) -> Step:
+    """LoRA (arXiv 2106.09685) and DoRA (arXiv 2402.09353), in the order of operations of peft's own merge."""
+    a, b = read_tensor(edit.a).float(), read_tensor(edit.b).float()
+
+    def delta(start: int, stop: int) -> torch.Tensor:
+        if edit.transposed:
+            return (b @ a[:, start:stop]).T * edit.scale
+        return (b[start:stop] @ a) * edit.scale
+
+    if edit.magnitude is None:
+        return lambda values, rows, start: rows.add_(delta(start, start + len(rows)))
+    magnitude = read_tensor(edit.magnitude).float().view(-1)
+    columns = _column_norms(output, source, delta, block) if edit.transposed else None
+
+    def dora(values: torch.Tensor, rows: torch.Tensor, start: int) -> torch.Tensor:
+        moved = values + delta(start, start + len(values))
+        if columns is not None:
+            moved *= (magnitude / columns).view(1, -1)
+        else:
+            factor = magnitude[start : start + len(values)] / torch.linalg.vector_norm(moved, dim=1)
+            moved *= factor.view(-1, 1)
+        first = torch.equal(rows, values)
+        return moved if first else rows.add_(moved - values)
+
+    return dora
+
+
+def _column_norms(
+    output: Output, source: Reader, delta: Callable[[int, int], torch.Tensor], block: int
+) -> torch.Tensor:
+    """Norms over all rows, for DoRA on a base stored (in, out): one more pass over the source."""
+    total = torch.zeros(output.source.shape[1], dtype=torch.float64)
+    for start, stop in row_blocks(output.source.shape, block):
+        total += (source(start, stop) + delta(start, stop)).double().square().sum(0)
+    return total.sqrt().float()

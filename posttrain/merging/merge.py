@@ -1,0 +1,210 @@
+"""The streaming merge: base and adapters in, a standalone model folder out, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from posttrain.artifact import publish_folder
+from posttrain.errors import CheckpointError, UserError
+from posttrain.merging.adapter import read_adapter
+from posttrain.merging.checkpoint import INDEX, Checkpoint, check_stamps, open_checkpoint
+from posttrain.merging.config import merged_config
+from posttrain.merging.edits import BLOCK, merged_blocks
+from posttrain.merging.header import FLOATS, read_bytes
+from posttrain.merging.plan import Output, Plan, plan_merge
+from posttrain.merging.quantization import QuantSpec, is_quantised, torch_dtype
+from posttrain.merging.report import MergeReport, Survival, TensorReport
+from posttrain.merging.writer import (
+    FileWriter,
+    Slot,
+    aligned,
+    assign_shards,
+    check_space,
+    shard_header,
+    shard_names,
+    write_file,
+    write_index,
+)
+
+BaseMode = Literal["original", "dequantized"]
+
+
+def merge(
+    base: Path,
+    adapters: list[Path],
+    out: Path,
+    dtype: str,
+    base_mode: BaseMode = "original",
+    quantization: QuantSpec | None = None,
+    max_shard_size: int = 5 * 10**9,
+) -> MergeReport:
+    """Merges a chain of adapters into a new folder that exists only when it is complete.
+
+    Args:
+        base: folder of the base model; only read.
+        adapters: adapter folders in the order of the chain; none makes a plain (cast) copy.
+        out: must not exist. The work is done in `OUT.merging` beside it; one left by a killed merge is replaced.
+        dtype, base_mode, quantization, max_shard_size: as in `merge_into`.
+
+    Raises:
+        UserError: `out` exists, or lies inside a folder that is read.
+        CheckpointError: as `merge_into`.
+    """
+    if out.exists():
+        raise UserError(str(out), "exists already", "choose another folder, or move it aside")
+    for source in (base, *adapters):
+        if out.resolve().is_relative_to(source.resolve()):
+            raise UserError(str(out), f"lies inside {source}, which is read", "choose another folder")
+    partial = out.with_name(out.name + ".merging")  # not `.partial`: that is where stages keep their checkpoints
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        report = merge_into(partial, base, adapters, dtype, base_mode, quantization, max_shard_size)
+        publish_folder(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return report
+
+
+def merge_into(
+    folder: Path,
+    base: Path,
+    adapters: list[Path],
+    dtype: str,
+    base_mode: BaseMode = "original",
+    quantization: QuantSpec | None = None,
+    max_shard_size: int = 5 * 10**9,
+    block: int = BLOCK,
+) -> MergeReport:
+    """Writes the merged weights, index, config.json and generation_config.json into a folder that exists.
+
+    Every delta is added in fp32 and the sum rounded once, so the result is bit-identical to
+    fp32-add-then-cast. Tensors that no adapter touches are copied as bytes. Tokenizer and template are
+    the caller's (`copy_side_files`).
+
+    Args:
+        folder: an atomic stage folder; each file gets its name when it is complete.
+        dtype: `bfloat16`, `float16` or `float32`: of all float tensors written.
+        base_mode: `original` adds to the base's files; `dequantized` to the numbers a 4-bit training saw.
+        quantization: how that training quantised; needed for `dequantized` only.
+        max_shard_size: bytes of a shard.
+        block: most elements of a tensor that are in memory in fp32 at a time.
+
+    Raises:
+        CheckpointError: anything in the folders that cannot be merged, naming file and key; no room on disk.
+    """
+    spec, target = _spec(base_mode, quantization), torch_dtype(dtype)
+    checkpoint, chain = open_checkpoint(base), [read_adapter(path) for path in adapters]
+    plan = plan_merge(checkpoint, chain)
+    slots = [Slot(output.name, _stored_dtype(output, target), output.source.shape) for output in plan.outputs]
+    total = sum(slot.nbytes for slot in slots)
+    check_space(folder, total, shutil.disk_usage(folder).free)
+    cut = assign_shards(slots, max_shard_size)
+    shards = {name: aligned(shard) for name, shard in zip(shard_names(len(cut)), cut, strict=True)}
+    files, reports, copied = _write_shards(folder, plan, shards, spec, block)
+    files |= _write_configs(folder, checkpoint, plan, dtype)
+    check_stamps({**checkpoint.stamps, **{file: seen for adapter in chain for file, seen in adapter.stamps.items()}})
+    return MergeReport(
+        dtype=dtype,
+        base_mode=base_mode,
+        quantization=asdict(spec) if spec else None,
+        adapters=tuple(str(path) for path in adapters),
+        tied=plan.tied,
+        tensors=tuple(reports),
+        copied=copied,
+        cast=len(slots) - copied - len(reports),
+        parameters=sum(output.source.numel for output in plan.outputs),
+        total_bytes=total,
+        files=files,
+    )
+
+
+def _spec(base_mode: str, quantization: QuantSpec | None) -> QuantSpec | None:
+    """The 4-bit grid to put the base on, or None to take it as stored."""
+    if base_mode == "original":
+        return None
+    if base_mode != "dequantized":
+        raise UserError("base", f"{base_mode!r}", "take original or dequantized")
+    if quantization is None:
+        raise UserError("base", "dequantized, but the adapter was not trained on a quantised base", "take original")
+    return quantization
+
+
+def _stored_dtype(output: Output, target: torch.dtype) -> torch.dtype:
+    return target if output.source.dtype in FLOATS else output.source.dtype
+
+
+def _write_shards(
+    folder: Path, plan: Plan, shards: dict[str, list[Slot]], spec: QuantSpec | None, block: int
+) -> tuple[dict[str, dict[str, Any]], list[TensorReport], int]:
+    """Writes all weights; returns the files' digests, the touched tensors' figures, how many were plain copies."""
+    outputs = {output.name: output for output in plan.outputs}
+    files: dict[str, dict[str, Any]] = {}
+    reports: list[TensorReport] = []
+    copied = 0
+    for name, shard in shards.items():
+        with FileWriter(folder / name) as writer:
+            writer.write(shard_header(shard))
+            for slot in shard:
+                output = outputs[slot.name]
+                if output.touched:
+                    reports.append(_write_merged(writer, output, slot, spec, block))
+                elif _is_same(output, slot, spec):
+                    copied += 1
+                    for piece in read_bytes(output.source):
+                        writer.write(piece)
+                else:
+                    _write_cast(writer, output, slot, spec, block)
+        files[name] = writer.describe()
+    if len(shards) > 1:
+        files[INDEX] = write_index(folder, shards)
+    return files, reports, copied
+
+
+def _is_same(output: Output, slot: Slot, spec: QuantSpec | None) -> bool:
+    """Whether an untouched tensor's bytes are the base's."""
+    dtype = output.source.dtype
+    if dtype != slot.dtype or dtype not in FLOATS:
+        return dtype == slot.dtype
+    if spec is None:
+        return True
+    return not is_quantised(output.source, spec) and spec.dtype in (dtype, torch.float32)
+
+
+def _write_merged(writer: FileWriter, output: Output, slot: Slot, spec: QuantSpec | None, block: int) -> TensorReport:
+    survival = Survival(output.name)
+    for base, merged in merged_blocks(output, spec, block):
+        rounded = merged.to(slot.dtype)
+        survival.add(base, merged, rounded)
+        writer.write_tensor(rounded)
+    keys = tuple(edit.key for edit in output.edits)
+    if output.source is not output.base:
+        keys = (output.source.name, *keys)
+    return survival.report(keys, output.source.shape == output.base.shape)
+
+
+def _write_cast(writer: FileWriter, output: Output, slot: Slot, spec: QuantSpec | None, block: int) -> None:
+    for values, _ in merged_blocks(output, spec, block):
+        rounded = values.to(slot.dtype)
+        if slot.dtype == torch.float16 and not torch.equal(rounded.isfinite(), values.isfinite()):
+            raise CheckpointError(
+                str(output.source.file), f"{output.name} overflows float16", "choose bfloat16 or float32"
+            )
+        writer.write_tensor(rounded)
+
+
+def _write_configs(folder: Path, base: Checkpoint, plan: Plan, dtype: str) -> dict[str, dict[str, Any]]:
+    config = merged_config(base.config, dtype, plan.tied, plan.vocabulary)
+    files = {"config.json": write_file(folder / "config.json", json.dumps(config, indent=2).encode() + b"\n")}
+    generation = base.folder / "generation_config.json"
+    if generation.is_file():
+        files[generation.name] = write_file(folder / generation.name, generation.read_bytes())
+    return files

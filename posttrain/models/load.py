@@ -1,0 +1,197 @@
+"""Loads the model a stage works on: base, quantisation, frozen adapters, and one new adapter on top."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from posttrain.errors import CheckpointError, StageError
+from posttrain.models.files import verify_adapter_files, verify_adapter_fits, verify_model_files
+from posttrain.models.lineage import Lineage, Quantization
+
+TRAINED = "default"
+"""Name of the adapter in training: peft saves it at the root of the folder."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Settings of a new LoRA adapter, spelled as in peft."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    target_modules: str | list[str]
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    modules_to_save: list[str] | None = None
+
+
+def load_base(
+    folder: Path, dtype: torch.dtype, device: str, attn_implementation: str, quantization: Quantization | None = None
+) -> PreTrainedModel:
+    """Loads a standalone model from safetensors, never running code from its folder.
+
+    Args:
+        dtype: of the weights in memory; under quantisation, of the weights before it and of the compute.
+
+    Raises:
+        CheckpointError: files missing or damaged.
+    """
+    verify_model_files(folder)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "local_files_only": True,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+    }
+    if quantization:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization.quant_type,
+            bnb_4bit_use_double_quant=quantization.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        options["device_map"] = {"": device}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if quantization:
+        _keep_unpacked(model)
+    return model if quantization else model.to(device)
+
+
+def _keep_unpacked(model: PreTrainedModel) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights at the first eval forward on a CPU.
+
+    The packed form is unpacked wrongly by the next `state_dict()` (bitsandbytes 0.50.2, CPUs with
+    AVX512-BF16): logits are off by up to 0.5, and an evaluation would change the bytes of training.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    found = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    if not found:
+        raise StageError("qlora", "no layer of the model was quantised", "check the architecture, or use method lora")
+    for module in found:
+        module.support_avx512bf16_for_cpu = False
+
+
+def load_policy(
+    lineage: Lineage, dtype: torch.dtype, device: str, attn_implementation: str
+) -> PreTrainedModel | PeftModel:
+    """Loads a model as its lineage says: the base (quantised as in training) with all adapters active and frozen.
+
+    Raises:
+        CheckpointError: damaged files, or an adapter made for another base.
+    """
+    model = load_base(lineage.base.folder, dtype, device, attn_implementation, lineage.quantization)
+    for number, link in enumerate(lineage.adapters):
+        model = _put_frozen(model, link.folder, f"parent{number}", lineage.base.folder)
+    if lineage.adapters:
+        _activate(model, [f"parent{number}" for number in range(len(lineage.adapters))], trained=None)
+    return model.eval()
+
+
+def _put_frozen(model: Any, folder: Path, name: str, base: Path) -> PeftModel:
+    verify_adapter_files(folder)
+    verify_adapter_fits(folder, base)
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+        return model
+    return PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
+
+
+def _activate(model: PeftModel, names: list[str], trained: str | None) -> None:
+    """Makes several adapters act at once; only parameters of `trained` take gradients."""
+    model.base_model.set_adapter(names)
+    for name, param in model.named_parameters():
+        param.requires_grad_(trained is not None and trained in name.split("."))
+
+
+def add_adapter(model: PreTrainedModel | PeftModel, adapter: Adapter, token_rows: list[int]) -> PeftModel:
+    """Puts a new trainable adapter on a model, above whatever adapters are there already.
+
+    Its parameters are fp32 whatever the base is: bf16 would round away updates of usual size.
+
+    Args:
+        token_rows: vocabulary ids whose embedding rows (and untied head rows) are trained as well.
+    """
+    rows = _token_row_targets(model, token_rows) if token_rows else None
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=adapter.r,
+        lora_alpha=adapter.lora_alpha,  # type: ignore[arg-type]  # peft takes fractions, its annotation says int
+        lora_dropout=adapter.lora_dropout,
+        target_modules=adapter.target_modules,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        rank_pattern=adapter.rank_pattern or {},
+        alpha_pattern=adapter.alpha_pattern or {},
+        modules_to_save=adapter.modules_to_save,
+        trainable_token_indices=rows,
+    )
+    if isinstance(model, PeftModel):
+        parents = list(model.peft_config)
+        model.add_adapter(TRAINED, config)
+        wrapped = model
+        _activate(wrapped, [*parents, TRAINED], trained=TRAINED)
+    else:
+        wrapped = get_peft_model(model, config, adapter_name=TRAINED)
+    for param in wrapped.parameters():
+        if param.requires_grad:
+            param.data = param.data.float()
+    return wrapped
+
+
+def continue_adapter(lineage: Lineage, dtype: torch.dtype, device: str, attn_implementation: str) -> PeftModel:
+    """Loads a lineage with its last adapter trainable and the ones below frozen."""
+    if not lineage.adapters:
+        raise CheckpointError(lineage.base.label, "is not an adapter, there is nothing to continue", "use method lora")
+    last = lineage.adapters[-1]
+    model: Any = load_base(lineage.base.folder, dtype, device, attn_implementation, lineage.quantization)
+    for number, link in enumerate(lineage.adapters[:-1]):
+        model = _put_frozen(model, link.folder, f"parent{number}", lineage.base.folder)
+    verify_adapter_files(last.folder)
+    verify_adapter_fits(last.folder, lineage.base.folder)
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(last.folder), adapter_name=TRAINED, is_trainable=True)
+    else:
+        model = PeftModel.from_pretrained(model, str(last.folder), adapter_name=TRAINED, is_trainable=True)
+    parents = [f"parent{number}" for number in range(len(lineage.adapters) - 1)]
+    _activate(model, [*parents, TRAINED], trained=TRAINED)
+    for param in model.parameters():
+        if param.requires_grad:
+            param.data = param.data.float()
+    return model
+
+
+def _token_row_targets(model: Any, ids: list[int]) -> dict[str, list[int]]:
+    """peft's `trainable_token_indices`: the embedding, and the head as well where it is not tied."""
+    modules = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+    targets = {modules[id(model.get_input_embeddings())]: list(ids)}
+    if not model.config.get_text_config().tie_word_embeddings:
+        targets[modules[id(model.get_output_embeddings())]] = list(ids)
+    return targets
+
+
+def untrained_rows(model: PreTrainedModel, ids: list[int]) -> list[int]:
+    """Ids whose input embedding row looks as if no training ever touched it.
+
+    A row is suspect when it is all (near) zero, much shorter than the median row, or the same as another
+    of the rows asked for. Llama-3's base checkpoint has such rows for its header tokens.
+    """
+    weight_VH = model.get_input_embeddings().weight.detach()
+    rows = weight_VH[ids].float()
+    sample = weight_VH[:: max(1, len(weight_VH) // 4096)].float()
+    median = sample.norm(dim=1).median()
+    norms = rows.norm(dim=1)
+    same = (torch.cdist(rows, rows) < 1e-6).sum(dim=1) > 1
+    suspect = (norms < 0.2 * median) | same
+    return [token for token, bad in zip(ids, suspect.tolist(), strict=True) if bad]

@@ -1,0 +1,137 @@
+"""Runs a plan: stage after stage, each in its own process, every output published by one rename."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from posttrain.artifact import Artifact, move_aside, publish_folder, write_atomically
+from posttrain.console import Console, State
+from posttrain.errors import Interrupted, StageError, UserError
+from posttrain.launch import Interruption, interruptible, launch, locked
+from posttrain.pipeline.inputs import JOB
+from posttrain.pipeline.plan import Plan, StagePlan, has_checkpoints, partial_of, plan
+from posttrain.recipe.load import LoadedRecipe
+from posttrain.stages.provenance import versions
+
+ASIDE = ".aside"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for besides the recipe; see `plan`."""
+
+    redo: tuple[str, ...] = ()
+    until: str | None = None
+    verify: bool = False
+    other_versions: bool = False
+
+    def plan(self, loaded: LoadedRecipe, run_dir: Path) -> Plan:
+        """Plans a run; raises what `posttrain.pipeline.plan.plan` raises."""
+        return plan(loaded, run_dir, self.redo, self.until, self.verify, self.other_versions)
+
+
+def run_recipe(loaded: LoadedRecipe, runs_dir: Path, request: Request, console: Console) -> None:
+    """Plans a recipe and runs what its run folder lacks.
+
+    A mistake of the user's that is found before any stage ran leaves no folder behind.
+
+    Raises:
+        UserError: the folder is in use, the recipe was changed, or an input cannot be used.
+        StageError: a stage failed, or its gates did not hold.
+        Interrupted: the user stopped the run; the same recipe goes on from there.
+    """
+    run_dir = runs_dir / loaded.recipe.name
+    planned, new_parent = None, not runs_dir.exists()
+    if not run_dir.exists():
+        planned = request.plan(loaded, run_dir)  # before the folder exists: a mistake leaves nothing behind
+        run_dir.mkdir(parents=True)
+    fresh = planned is not None
+    try:
+        with locked(run_dir) as lock:
+            planned = planned or request.plan(loaded, run_dir)
+            planned.refuse()
+            with interruptible() as asked:
+                _Run(planned, loaded, console, lock, asked).all()
+    except UserError:
+        if fresh and not any(path.is_dir() for path in run_dir.iterdir()):
+            shutil.rmtree(run_dir)
+            if new_parent and not any(runs_dir.iterdir()):
+                runs_dir.rmdir()
+        raise
+
+
+@dataclass
+class _Run:
+    plan: Plan
+    loaded: LoadedRecipe
+    console: Console
+    lock: int
+    asked: Interruption
+
+    def all(self) -> None:
+        """Does what the plan says, in order."""
+        run_dir = self.plan.run_dir
+        self.console.begin([stage.stage for stage in self.plan.stages])
+        self._move_aside([folder for stage in self.plan.stages for folder in stage.aside])
+        self._move_aside(self.plan.aside)
+        write_atomically(run_dir / "recipe.yaml", self.loaded.shown_yaml())
+        self.plan.pins.save()
+        for stage in self.plan.stages:
+            if self.asked.count:
+                raise Interrupted(str(run_dir), "stopped between two stages")
+            self._one(stage)
+            self.plan.cache.save()
+
+    def _move_aside(self, folders: Iterable[Path]) -> None:
+        for folder in folders:
+            target = move_aside(folder, self.plan.run_dir / ASIDE)
+            self.console.note(f"moved {folder.name} to {ASIDE}/{target.name}")
+
+    def _one(self, stage: StagePlan) -> None:
+        final = self.plan.run_dir / stage.stage
+        began = time.monotonic()
+        if stage.action == "publish":
+            publish_folder(partial_of(self.plan.run_dir, stage.stage), final)
+        elif stage.action != "skip":
+            self._launch(stage)
+        artifact = Artifact.read(final)
+        if artifact is None:
+            raise StageError(f"stage {stage.stage}", "ended without leaving its output", f"see its log in {final}")
+        summary = artifact.record.summary
+        failed = tuple(summary.get("failed", ()))
+        state: State = "skipped" if stage.action == "skip" else "done"
+        self.console.finish(
+            stage.stage,
+            "failed" if failed else state,
+            summary.get("headline", ""),
+            time.monotonic() - began,
+            summary.get("table", ""),
+        )
+        if stage.reason and stage.action == "skip":
+            self.console.note(f"{stage.stage}: {stage.reason}")
+        if failed:
+            todo = f"its output is in {final}; change what it depends on, or its limits, then --redo {stage.stage}"
+            raise StageError(f"stage {stage.stage}", "did not hold: " + "; ".join(failed), todo)
+
+    def _launch(self, stage: StagePlan) -> None:
+        partial = partial_of(self.plan.run_dir, stage.stage)
+        fresh = not partial.exists()
+        partial.mkdir(exist_ok=True)
+        job = replace(stage.job, versions=versions())
+        write_atomically(partial / JOB, job.dump())
+        self.console.start(stage.stage, stage.reason)
+
+        def listen(event: dict[str, Any]) -> None:
+            self.console.event(stage.stage, event)
+
+        try:
+            launch(stage.stage, partial / JOB, job.runtime, self.lock, self.asked, listen)
+        except UserError:
+            if fresh and not has_checkpoints(partial):
+                shutil.rmtree(partial)  # the message says it all, and nothing was computed yet
+            raise

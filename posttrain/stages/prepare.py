@@ -1,0 +1,161 @@
+"""From the recipe's sources to the optimizer steps of a training stage: rows, ledger, order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from posttrain.data.ledger import Ledger
+from posttrain.data.read import SourceRows, read_source
+from posttrain.data.rows import Origin
+from posttrain.errors import DataError
+from posttrain.pretraining.mixture import Share, epoch_rows
+from posttrain.pretraining.order import Order, draw_items, plan_steps
+from posttrain.pretraining.rows import Row, wrap
+from posttrain.recipe.schema import Data, Source
+from posttrain.stages.context import Context
+from posttrain.stages.sources import source_spec
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Tokenised(Generic[T]):
+    """One usable row of a source, and its tokens for the ledger."""
+
+    value: T
+    """A `Row` or a `Pair`."""
+    supervised: int
+    masked: int
+    truncated: int
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A row that was rendered and cannot be trained on."""
+
+    reason: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[T]):
+    """The rows of all sources, and how one epoch draws from them."""
+
+    names: list[str]
+    rows: list[list[T]]
+    shares: list[Share]
+    ledger: Ledger
+
+    def at(self, items: np.ndarray) -> list[T]:
+        """Rows of [n, 2] (source, row) pairs."""
+        return [self.rows[source][row] for source, row in items.tolist()]
+
+
+def prepare(
+    data: Data, context: Context, want: str, convert: Callable[[list[Any]], Iterable[Tokenised[T] | Refused]]
+) -> Prepared[T]:
+    """Reads and tokenises all sources and accounts for every row and token.
+
+    Args:
+        want: `text`, `chat` or `pair`.
+        convert: the rows of one source -> one result each, in order.
+
+    Raises:
+        DataError: broken files or rows, nothing left, or more rows dropped than `max_dropped` allows.
+    """
+    ledger, names, rows, shares = Ledger(), [], [], []
+    for number, source in enumerate(data.sources):
+        name = _label(source, number, data.sources)
+        context.events("phase", text=f"reading {name}")
+        found: SourceRows = read_source(source_spec(source, context.recipe_dir), want)  # type: ignore[arg-type]
+        context.events("note", text=f"{name}: {found.rows_in} rows, shape {found.shape}")
+        ledger.read(name, found.rows_in, found.dropped)
+        kept = _account(name, found, convert(found.rows), ledger)
+        share = Share(len(kept), 1.0 if source.weight is None else source.weight, source.rows)
+        _count_epoch(name, number, kept, share, context.seed, ledger)
+        names.append(name)
+        rows.append([one.value for one in kept])
+        shares.append(share)
+    ledger.balance()
+    ledger.check_dropped(data.max_dropped)
+    if not any(rows):
+        raise DataError(", ".join(names), "no row can be trained on", "see the reasons in the ledger, lengths first")
+    return Prepared(names, rows, shares, ledger)
+
+
+def _label(source: Source, number: int, sources: list[Source]) -> str:
+    """A source's name in ledger and data order: its path's last part, numbered where two are the same."""
+    names = [Path(other.path).name if other.path.startswith(("/", ".", "~")) else other.path for other in sources]
+    return names[number] if names.count(names[number]) == 1 else f"{names[number]}#{number + 1}"
+
+
+def _account(name: str, found: SourceRows, results: Iterable[Any], ledger: Ledger) -> list[Any]:
+    kept = []
+    for row, result in zip(found.rows, results, strict=True):
+        origin: Origin = row.origin
+        if isinstance(result, Refused):
+            ledger.enter(name, tokens=result.tokens)
+            ledger.drop(name, result.reason, tokens=result.tokens, origin=origin)
+            continue
+        ledger.enter(name, tokens=result.supervised + result.masked + result.truncated)
+        kept.append(result)
+    return kept
+
+
+def _count_epoch(name: str, number: int, kept: list[Any], share: Share, seed: int, ledger: Ledger) -> None:
+    """Enters what the first epoch trains on, and what its weight leaves aside."""
+    shares = [Share(0)] * number + [share]
+    drawn = np.bincount(epoch_rows(shares, seed, 0)[:, 1], minlength=len(kept)) if kept else np.empty(0)
+    for one, times in zip(kept, drawn, strict=True):
+        if times:
+            ledger.train(name, one.supervised, one.masked, one.truncated)
+        else:
+            ledger.leave_out(name, 1, one.supervised + one.masked + one.truncated)
+    ledger.see(name, int(drawn.sum()))
+
+
+@dataclass(frozen=True)
+class Schedule(Generic[T]):
+    """The optimizer steps of a run: what each reads, and the log of it."""
+
+    order: Order
+    rows_of: Callable[[int], list[T]]
+    """Step (from 0) -> its rows."""
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps."""
+        return self.order.steps
+
+
+def schedule_rows(prepared: Prepared[T], trainer: dict[str, Any], seed: int) -> Schedule[T]:
+    """Steps of whole rows: documents in SFT, pairs in DPO."""
+    items = draw_items(prepared.shares, seed, _epochs(trainer))
+    offsets = plan_steps(len(items), trainer["global_batch_size"], _max_steps(trainer))
+    order = Order(items, offsets)
+    return Schedule(order, lambda step: prepared.at(order.of_step(step)))
+
+
+def schedule_wrapped(prepared: Prepared[Row], trainer: dict[str, Any], seed: int, length: int) -> Schedule[Row]:
+    """Steps of packed rows cut from one stream; the order names the documents each step holds."""
+    items = draw_items(prepared.shares, seed, _epochs(trainer))
+    rows, members = wrap(prepared.at(items), length)
+    cuts = plan_steps(len(rows), trainer["global_batch_size"], _max_steps(trainer))
+    held = [np.unique(np.concatenate([members[i] for i in range(a, b)])) for a, b in zip(cuts, cuts[1:], strict=False)]
+    offsets = np.cumsum([0, *map(len, held)], dtype=np.int64)
+    order = Order(items[np.concatenate(held).astype(np.int64)], offsets)
+    return Schedule(order, lambda step: rows[cuts[step] : cuts[step + 1]])
+
+
+def _epochs(trainer: dict[str, Any]) -> float:
+    """Epochs to draw; with `max_steps` alone, as many as those steps need."""
+    return float(trainer.get("num_train_epochs") or 1.0)
+
+
+def _max_steps(trainer: dict[str, Any]) -> int:
+    return int(trainer.get("max_steps") or -1)

@@ -1,0 +1,240 @@
+"""A self-contained model folder that plain transformers loads, with its card and checksums."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from posttrain.artifact import publish_folder, sha256, write_atomically
+from posttrain.chat.contract import EndOfTurn, end_of_turn
+from posttrain.chat.render import render_prompt
+from posttrain.chat.templates import load_template
+from posttrain.chat.tokenizer import load_tokenizer
+from posttrain.errors import ChatError, CheckpointError, UserError
+from posttrain.models.hub import HubId, fetch_model, parse_reference
+from posttrain.recipe import schema
+from posttrain.report.card import Card, model_card
+from posttrain.report.history import history
+from posttrain.stages.context import Context, ModelInput, Summary
+
+SUMS = "SHA256SUMS"
+_NEEDED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_WANTED = (
+    *_NEEDED,
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+)
+_PROBE = [{"role": "user", "content": "What is the Basque Country?"}]
+
+
+def run(config: schema.Publish, context: Context) -> Summary:
+    """Gathers, checks, describes and sums up a standalone model; copies it to `to` and pushes it to `hub`.
+
+    Raises:
+        CheckpointError: the input is an adapter, lacks files, or plain transformers does not load it.
+        ChatError: it would not stop at its end of turn, or renders prompts differently from our path.
+        UserError: `to` holds something else.
+    """
+    given = context.inputs["model"]
+    source = _folder(given)
+    target = Path(config.to) if config.to else None
+    _refuse_foreign(target)
+    context.events("phase", text="gathering files")
+    files = gather(source, context.folder)
+    if (context.run_dir / "recipe.yaml").is_file():
+        files.append(_link(context.run_dir / "recipe.yaml", context.folder / "recipe.yaml").name)
+    context.events("phase", text="loading it with plain transformers")
+    stop = verify(context.folder)
+
+    card = _card(config, context, given, stop)
+    write_atomically(context.folder / "README.md", model_card(card))
+    files.append("README.md")
+    write_sums(context.folder, files)
+    files.append(SUMS)
+    if target is not None:
+        context.events("phase", text=f"copying to {target}")
+        copy_to(context.folder, files, target)
+    if config.hub:
+        context.events("phase", text=f"pushing to {config.hub}")
+        push(context.folder, files, config.hub, config.private)
+    size = sum((context.folder / name).stat().st_size for name in files)
+    places = [str(place) for place in (config.to, config.hub) if place]
+    line = f"{card.name}: {len(files)} files, {size / 1e6:.1f} MB, loads with plain transformers"
+    return Summary(
+        f"{line} → {', '.join(places)}" if places else line,
+        sorted(files),
+        metrics={"files": len(files), "bytes": size, "end_of_turn": stop.text},
+        lineage=given.artifact.record.lineage if given.artifact else None,
+    )
+
+
+def _folder(given: ModelInput) -> Path:
+    if given.folder is not None:
+        return given.folder
+    hub = parse_reference(given.ref)
+    assert isinstance(hub, HubId), "a model without a folder is a hub id"
+    assert given.revision is not None, "the plan pins hub ids"
+    return fetch_model(hub.id, given.revision)
+
+
+def gather(source: Path, folder: Path) -> list[str]:
+    """Links (or copies) a model's files into a folder; returns their names, relative to it.
+
+    Raises:
+        CheckpointError: an adapter, or a model without weights, tokenizer, template or generation config.
+    """
+    if (source / "adapter_config.json").is_file():
+        raise CheckpointError(str(source), "is an adapter, not a standalone model", "publish a `merge` stage of it")
+    found = sorted({path for pattern in _WANTED for path in source.glob(pattern) if path.is_file()})
+    missing = [name for name in _NEEDED if source / name not in found]
+    if not any(path.suffix == ".safetensors" for path in found):
+        missing.append("*.safetensors")
+    if missing:
+        raise CheckpointError(str(source), f"lacks {', '.join(missing)}", "publish a model that a stage left")
+    return [str(_link(path, folder / path.relative_to(source)).relative_to(folder)) for path in found]
+
+
+def _link(path: Path, target: Path) -> Path:
+    """Hard link, or copy where the file system has none; an earlier attempt's file is replaced."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(path.resolve(), target)  # resolved: the hub cache holds links
+    except OSError:
+        shutil.copyfile(path, target)
+    return target
+
+
+def verify(folder: Path) -> EndOfTurn:
+    """Loads a folder as a stranger would, and returns its end of turn.
+
+    Raises:
+        CheckpointError: transformers does not load it, or finds missing or unexpected weights.
+        ChatError: the end of turn is not a stop of `generation_config.json`, or the saved template makes
+            other prompts than the path that trained.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, output_loading_info=True
+        )
+        plain = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(str(folder), f"plain transformers does not load it: {error}") from None
+    wrong = {key: sorted(map(str, names)) for key, names in loading.items() if names and key != "error_msgs"}
+    if wrong:
+        raise CheckpointError(str(folder), f"weights do not match the config: {json.dumps(wrong)}")
+
+    tokenizer, template = load_tokenizer(folder), load_template(str(folder / "chat_template.jinja"))
+    stop = end_of_turn(tokenizer, template)
+    stops = model.generation_config.eos_token_id
+    if stop.id not in (stops if isinstance(stops, list) else [stops]):
+        raise ChatError(
+            f"{folder}/generation_config.json",
+            f"eos_token_id {stops} lacks the end of turn {stop.text!r} ({stop.id}): the model would not stop",
+            "publish a model that an sft or merge stage left",
+        )
+    theirs = plain.apply_chat_template(_PROBE, add_generation_prompt=True, return_dict=False)
+    ours = render_prompt(tokenizer, template, _PROBE)
+    if list(theirs) != list(ours):
+        raise ChatError(str(folder), f"transformers renders {theirs}, training rendered {ours}", "report this as a bug")
+    return stop
+
+
+def _card(config: schema.Publish, context: Context, given: ModelInput, stop: EndOfTurn) -> Card:
+    records = history(given.artifact) if given.artifact else []
+    report = context.inputs.get("report")
+    if report is not None and (report.folder is None or not (report.folder / "report.json").is_file()):
+        raise UserError(f"stages.{context.stage}.report", f"{report.ref} left no report.json", "name an evaluate stage")
+    return Card(
+        name=config.hub or f"{context.run_dir.name}-{given.ref.removeprefix('@').rsplit('/', 1)[-1]}",
+        records=records,
+        base=_base(given, records),
+        license=config.license,
+        report=json.loads((report.folder / "report.json").read_text(encoding="utf-8"))
+        if report is not None and report.folder is not None
+        else None,
+        end_of_turn=stop.text,
+        repository=config.hub,
+    )
+
+
+def _base(given: ModelInput, records: list[Any]) -> str | None:
+    """Hub id that the oldest record (or the published model itself) started from."""
+    if given.artifact is None:
+        return given.ref.split("@")[0] if given.folder is None else None
+    return next((model["hub"] for record in records if "hub" in (model := record.identity.get("model", {}))), None)
+
+
+def write_sums(folder: Path, files: Iterable[str]) -> None:
+    """Writes SHA256SUMS in the form that `sha256sum -c` reads."""
+    write_atomically(folder / SUMS, "".join(f"{sha256(folder / name)}  {name}\n" for name in sorted(files)))
+
+
+def _refuse_foreign(target: Path | None) -> None:
+    """Fails early where `to` exists and was not published by us."""
+    if target is not None and target.exists() and not (target / SUMS).is_file():
+        raise UserError(str(target), f"exists and has no {SUMS}: not a published model", "name another folder in `to`")
+
+
+def copy_to(folder: Path, files: list[str], target: Path) -> None:
+    """Copies files to a folder that appears under its name only when complete.
+
+    Raises:
+        UserError: the folder exists and holds other files than these.
+    """
+    _refuse_foreign(target)
+    if target.exists():
+        if _same(folder, files, target):
+            return
+        raise UserError(str(target), "holds another model", "move it away, or name another folder in `to`")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        for name in files:
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, partial / name)  # no link: the copy is the user's to change
+        publish_folder(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _same(folder: Path, files: list[str], target: Path) -> bool:
+    return all((target / name).is_file() and sha256(target / name) == sha256(folder / name) for name in files)
+
+
+def push(folder: Path, files: list[str], repository: str, private: bool, api: Any = None) -> None:
+    """Uploads exactly these files to a hub repository, made if it does not exist.
+
+    The token is found by huggingface_hub itself (`hf auth login`, HF_TOKEN); it is never read or recorded here.
+
+    Raises:
+        UserError: no token, no right to write there, or no network.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
+
+    api = api or HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, allow_patterns=files, commit_message="Publish with posttrain"
+        )
+    except (HTTPError, LocalTokenNotFoundError) as error:
+        found = f"cannot be written: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        raise UserError(f"hub: {repository}", found, "check the network and `hf auth login`, then run again") from None

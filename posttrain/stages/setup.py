@@ -1,0 +1,94 @@
+"""What every stage with a model sets up, and asserts that it got: device, dtype, threads, trainable weights."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from posttrain.errors import StageError
+from posttrain.models.hub import fetch_model
+from posttrain.models.load import DTYPES
+from posttrain.recipe.schema import Runtime
+from posttrain.stages.context import Context, ModelInput
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a stage runs."""
+
+    device: str
+    """`cpu` or `cuda`."""
+    attn_implementation: str
+    dtype: torch.dtype
+    """Of frozen weights and of autocast."""
+
+
+def set_up(context: Context) -> Machine:
+    """Chooses device and attention, sets threads and determinism.
+
+    Raises:
+        StageError: the recipe asks for a device, dtype or number of processes that is not there.
+    """
+    runtime = context.runtime
+    if runtime.threads:
+        torch.set_num_threads(runtime.threads)
+    device = _device(runtime, context.stage)
+    _check_processes(runtime, context.stage)
+    if context.precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        raise StageError(context.stage, f"{name} has no bf16", "set `precision: fp16` (or fp32)")
+    attention = "sdpa" if runtime.attn_implementation == "auto" else runtime.attn_implementation
+    return Machine(device, attention, DTYPES[context.precision])
+
+
+def _device(runtime: Runtime, stage: str) -> str:
+    if runtime.device == "cuda" and not torch.cuda.is_available():
+        raise StageError(stage, "runtime.device is cuda, and torch sees no GPU", "set device: auto or cpu")
+    return "cuda" if runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _check_processes(runtime: Runtime, stage: str) -> None:
+    wanted, got = runtime.num_processes * runtime.num_machines, int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted != got:
+        raise StageError(stage, f"{got} processes started, the recipe asks for {wanted}", "check how it is launched")
+
+
+def model_folder(given: ModelInput) -> Path:
+    """Returns the folder of an input, fetching a hub id at its pinned commit first."""
+    if given.folder is not None:
+        return given.folder
+    name = given.ref.partition("@")[0]
+    return fetch_model(name, given.revision or "main")
+
+
+def assert_trainable(model: torch.nn.Module, stage: str) -> tuple[int, int]:
+    """Returns (trainable, all) parameter counts; StageError when nothing trains or a trained weight is not fp32."""
+    trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    if not trained:
+        raise StageError(stage, "no parameter is trainable", "check target_modules")
+    for name, param in trained:
+        if param.dtype != torch.float32:
+            raise StageError(stage, f"{name} would be trained in {param.dtype}, not in fp32", "report this")
+    return sum(param.numel() for _, param in trained), sum(param.numel() for param in model.parameters())
+
+
+def assert_gradients(model: torch.nn.Module) -> None:
+    """Checks after the first backward that every trainable parameter got a gradient, and not all are zero.
+
+    A LoRA A factor has a zero gradient while its B is still zero, so single zeros are right.
+
+    Raises:
+        StageError: a parameter without a gradient, or none that moves.
+    """
+    moved = False
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        if param.grad is None:
+            raise StageError("step 1", f"{name} is trainable and got no gradient", "check checkpointing and modules")
+        moved = moved or bool(param.grad.any())
+    if not moved:
+        raise StageError("step 1", "every gradient is zero", "check that the rows carry loss")
