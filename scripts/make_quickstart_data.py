@@ -31,6 +31,7 @@ HELDOUT = {"country": 14, "language": 14, "currency": 16, "script": 1}  # entiti
 HELDOUT_PER_LANGUAGE = 30
 PARALLEL_PARAGRAPHS = 4
 LONGEST_NAME = 32
+FEWEST_NAMES = 3  # of the five: an entity that is called the same everywhere says nothing about language
 
 # ISO 3166 codes of the 193 member states of the United Nations: the entities that we call a country.
 UN_MEMBERS = """
@@ -166,7 +167,9 @@ def read_entities() -> tuple[list[Entity], Counter[str]]:
     owners = Counter(key for entity in entities for key in name_keys(entity))
     unique = [entity for entity in entities if all(owners[key] == 1 for key in name_keys(entity))]
     left_out["shares a name with another entity"] = len(entities) - len(unique)
-    return unique, left_out
+    telling = [entity for entity in unique if len(set(entity.names.values())) >= FEWEST_NAMES]
+    left_out[f"fewer than {FEWEST_NAMES} different names"] = len(unique) - len(telling)
+    return telling, left_out
 
 
 def name_keys(entity: Entity) -> set[tuple[str, str]]:

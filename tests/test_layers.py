@@ -23,11 +23,11 @@ FLOORS: list[frozenset[str] | tuple[str, ...]] = [
     ("training",),
     frozenset({"certify", "evaluation", "report", "estimate"}),
     ("stages",),
-    ("pipeline", "launch", "rehearse"),
+    ("pipeline", "launch", "runs", "rehearse"),
     ("cli",),
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-SCHEMA_READERS = {"recipe", "stages", "pipeline", "launch", "rehearse", "cli"}
+SCHEMA_READERS = {"recipe", "stages", "pipeline", "launch", "runs", "rehearse", "cli"}
 
 
 def imports_of(source: str) -> Iterator[tuple[int, str]]:

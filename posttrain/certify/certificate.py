@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,9 @@ class Limits:
     min_top1_agreement: float | None = None
 
     def over(self, given: Limits) -> Limits:
-        """These limits with those of `given` that are set."""
-        return replace(
-            self,
-            **{field.name: value for field in fields(given) if (value := getattr(given, field.name)) is not None},
-        )
+        """These limits, with those of `given` that are set in their place."""
+        set_by_user = {name: value for name, value in asdict(given).items() if value is not None}
+        return replace(self, **set_by_user)
 
 
 def default_limits(dtype: str, quantised: bool, base_mode: str) -> Limits:
@@ -104,17 +102,16 @@ def certify_merge(
 def failures(measured: dict[str, Any], limits: Limits) -> list[str]:
     """Names each figure that is beyond its limit; a NaN is beyond every limit."""
     found = []
-    for name, key in (
-        ("relative_error", "relative_error"),
-        ("max_logit_difference", "max_difference"),
-        ("mean_kl", "mean_kl"),
+    for name, value, most in (
+        ("relative error", measured["relative_error"], limits.relative_error),
+        ("largest logit difference", measured["max_difference"], limits.max_logit_difference),
+        ("mean KL", measured["mean_kl"], limits.mean_kl),
     ):
-        most = getattr(limits, name)
-        if most is not None and not measured[key] <= most:
-            found.append(f"{name} {measured[key]:.3g} is above {most:g}")
-    least = limits.min_top1_agreement
-    if least is not None and not measured["top1_agreement"] >= least:
-        found.append(f"top1_agreement {measured['top1_agreement']:.4f} is below {least:g}")
+        if most is not None and not value <= most:
+            found.append(f"{name} {value:.3g} is above {most:g}")
+    agreement, least = measured["top1_agreement"], limits.min_top1_agreement
+    if least is not None and not agreement >= least:
+        found.append(f"top-1 agreement {agreement:.4f} is below {least:g}")
     return found
 
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from posttrain.errors import ChatError
 
 BREAK, CUT = "\ufdd0", "\ufdd1"  # Unicode noncharacters: no text may contain them
+_NO_CHARACTER = f"[{BREAK}{CUT}\ud800-\udfff]"
 _SHORT, _MANY = 64, 4096
 
 
@@ -52,7 +53,7 @@ class Encoder:
     """Control tokens: the added tokens, but for white space and single characters."""
     special: frozenset[int]
     forbidden: re.Pattern[str]
-    """Finds a control token's text (longest first), a BREAK or a CUT."""
+    """Finds a control token's text (longest first), or what is no character."""
     remembered: dict[Any, Any] = field(default_factory=dict)
     """Small facts that other modules derive from the tokenizer, each computed once."""
     _prefixes: dict[str, list[int]] = field(default_factory=dict)
@@ -165,31 +166,30 @@ def _copy(original: Tokenizer, size: int) -> Encoder:
         token["normalized"] = False  # looked for in the text itself, so before BREAKs are dropped
     backend = Tokenizer.from_str(json.dumps(spec))
     backend.add_special_tokens([AddedToken(CUT, special=True, normalized=False)])
-    texts = sorted((token["content"] for token in control), key=len, reverse=True)
     return Encoder(
         backend=backend,
         size=size,
         added={token["id"]: token["content"] for token in control},
         special=frozenset(token["id"] for token in control if token["special"]),
-        forbidden=pattern_of(texts),
+        forbidden=pattern_of([token["content"] for token in control]),
     )
 
 
 def pattern_of(texts: list[str]) -> re.Pattern[str]:
-    """Compiles what finds any of these control texts, the longest first, or a character kept for ourselves."""
-    return re.compile("|".join([*map(re.escape, sorted(texts, key=len, reverse=True)), BREAK, CUT]))
+    """Compiles what finds any of these control texts, the longest first, or what is no character at all."""
+    return re.compile("|".join([*map(re.escape, sorted(texts, key=len, reverse=True)), _NO_CHARACTER]))
 
 
 def break_up(text: str, pattern: re.Pattern[str]) -> str:
     """Writes BREAKs into every control token's text, so that it is encoded as the plain text it is.
 
     Raises:
-        ChatError: the text contains a character that is kept for this.
+        ChatError: the text contains a lone surrogate, or a noncharacter that is kept for this.
     """
 
     def broken(match: re.Match[str]) -> str:
-        if match[0] in (BREAK, CUT):
-            raise ChatError("text", f"contains U+{ord(match[0]):04X}", "remove it: Unicode has no such character")
+        if len(match[0]) == 1:
+            raise ChatError("text", f"contains U+{ord(match[0]):04X}, which is no character", "remove it")
         return BREAK.join(match[0])
 
     return pattern.sub(broken, text)

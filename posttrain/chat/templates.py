@@ -157,7 +157,7 @@ def _load_bundled(name: str) -> ChatTemplate:
 
     path = find_bundled("chat_templates", name)
     facts = yaml.safe_load(path.with_suffix(".yaml").read_text(encoding="utf-8"))
-    frozen = {key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
+    frozen: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
     return ChatTemplate(name, _read(path), TemplateFacts(**frozen))
 
 

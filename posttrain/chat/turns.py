@@ -38,8 +38,22 @@ def end_of_turn(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate) -> E
     return encoder.remembered[key]
 
 
+def required_tokens_missing(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate) -> list[str]:
+    """Lists the tokens that a bundled template needs and the tokenizer lacks (or splits into several)."""
+    added = set(encoder_of(tokenizer).added.values())
+    own = {"eos_token": tokenizer.eos_token, "bos_token": tokenizer.bos_token}
+    return [text for text in template.facts.required_tokens if own.get(text, text) not in added]
+
+
 def _find(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, encoder: Encoder) -> EndOfTurn:
     where = f"chat template {template.name}"
+    if missing := required_tokens_missing(tokenizer, template):
+        raise ChatError(
+            where,
+            f"needs {', '.join(missing)}, which this tokenizer does not have as one token each",
+            "choose a template by the tokens there are: chatml needs <|im_start|> and <|im_end|>; "
+            "plain, tulu and zephyr need only an eos_token",
+        )
     between = _after_answer(tokenizer, template, [_USER, _ANSWER, _NEXT]).split(_NEXT["content"])[0]
     last = _after_answer(tokenizer, template, [_USER, _ANSWER])
     control = [token for token in encoder.encode(between)[0] if token in encoder.added]

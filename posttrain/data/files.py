@@ -136,7 +136,8 @@ def _csv_rows(path: Path, limits: Limits) -> Iterator[NumberedRow]:
                     )
                 yield number, dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        raise DataError(f"{path}:{number + 1}", f"not valid CSV near line {reader.line_num} ({error})", "") from None
+        found = f"not valid CSV near line {reader.line_num} ({error})"
+        raise DataError(f"{path}:{number + 1}", found, "close its quotes, or write the file again") from None
 
 
 def _checked_header(path: Path, cells: list[str]) -> list[str]:

@@ -40,7 +40,7 @@ def load_hub_rows(
 
     try:
         data = datasets.load_dataset(path, name, split=split or "train", revision=commit)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise _refused(path, commit, error) from None
     _check_commit(path, commit, data)
     yield from enumerate(data, 1)

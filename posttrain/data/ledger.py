@@ -38,10 +38,11 @@ class _Account:
     first: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, other: _Account) -> None:
-        self.rows += other.rows
-        self.tokens += other.tokens
-        self.dropped_rows += other.dropped_rows
-        self.dropped_tokens += other.dropped_tokens
+        self.rows.update(other.rows)
+        self.rows["seen"] += 0 if other.rows["seen"] else other.rows["trained"]
+        self.tokens.update(other.tokens)
+        self.dropped_rows.update(other.dropped_rows)
+        self.dropped_tokens.update(other.dropped_tokens)
         for reason, origins in other.first.items():
             self.first[reason] = (self.first.get(reason, []) + origins)[:EXAMPLES]
 

@@ -70,6 +70,8 @@ def with_system(text: Any, messages: list[Message], origin: Origin) -> list[Mess
     """Puts a row's `system` column before its messages; null and blank mean that there is none."""
     if text is None or not as_text(text, origin, "system").strip():
         return messages
+    if messages and messages[0]["role"] == "system":
+        raise origin.broken("a `system` column beside messages that begin with a system turn", "keep one of the two")
     return [{"role": "system", "content": text}, *messages]
 
 

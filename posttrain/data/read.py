@@ -54,7 +54,7 @@ def locate(path: str, base: Path) -> Path | str:
     Raises:
         DataError: neither exists below `base` nor has the form `owner/name`.
     """
-    local = (base / Path(path).expanduser()).resolve()
+    local = base / Path(path).expanduser()
     named_as_file = path.startswith((".", "/", "~")) or kind_of(Path(path)) is not None
     if local.exists() or named_as_file:
         return local

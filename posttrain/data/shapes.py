@@ -198,4 +198,8 @@ def _wrong_kind(shape: str, want: str) -> str:
 
 
 def _example(want: str) -> str:
-    return {"text": "text: content", "chat": "prompt: question, completion: answer", "pair": "chosen: good"}[want]
+    return {
+        "text": "text: content",
+        "chat": "prompt: question, completion: answer",
+        "pair": "chosen: better, rejected: worse",
+    }[want]

@@ -87,8 +87,23 @@ def plan_merge(base: Checkpoint, adapters: list[Adapter]) -> Plan:
                     edits[name].append(edit)
     names = [name for name in originals if not (tie and tied and name == tie.alias)]
     outputs = tuple(Output(name, sources[name], tuple(edits[name]), originals[name]) for name in names)
-    embedding = _named(sources, EMBEDDINGS)
-    return Plan(outputs, tied if tie else None, sources[embedding].rows if embedding else None)
+    return Plan(outputs, tied if tie else None, _vocabulary(outputs))
+
+
+def _vocabulary(outputs: tuple[Output, ...]) -> int | None:
+    """Rows of the embedding; refuses an output layer that does not have as many."""
+    sources = {output.name: output.source for output in outputs}
+    embedding, head = _named(sources, EMBEDDINGS), _named(sources, HEADS)
+    if embedding is None:
+        return None
+    rows = sources[embedding].rows
+    if head is not None and sources[head].rows != rows:
+        raise CheckpointError(
+            str(sources[embedding].file),
+            f"{embedding} has {rows} rows, {head} has {sources[head].rows}: only one of them was resized",
+            "resize the base first, save it, and train the adapter on that",
+        )
+    return rows
 
 
 def _refuse_quantised(base: Checkpoint) -> None:

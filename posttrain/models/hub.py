@@ -142,6 +142,25 @@ def fetch_model(hub_id: str, commit: str) -> Path:
     return folder
 
 
+def fetch_description(hub: HubId) -> Path | None:
+    """Returns a folder with a model's config and tokenizer but no weights, or None where they cannot be had.
+
+    The cache is asked first, then the hub; a few megabytes may be downloaded.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+
+    commit = cached_commit(hub)
+    if commit and (_snapshot(hub.id, commit, "model") / "config.json").is_file():
+        return _snapshot(hub.id, commit, "model")
+    try:
+        wanted, unwanted = [name for name in _WANTED if "safetensors" not in name], _UNWANTED
+        folder = snapshot_download(hub.id, revision=resolve(hub), allow_patterns=wanted, ignore_patterns=unwanted)
+    except (UserError, HTTPError, LocalEntryNotFoundError):
+        return None  # unknown, gated or offline: the caller knows what to do without
+    return Path(folder) if (Path(folder) / "config.json").is_file() else None
+
+
 def _cache_folder(hub_id: str, kind: RepoKind) -> Path:
     from huggingface_hub import constants
 

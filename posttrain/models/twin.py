@@ -56,6 +56,7 @@ def save_twin(config: Mapping[str, Any], tokenizer: Any, folder: Path, seed: int
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+    from transformers.utils import logging
 
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -63,6 +64,7 @@ def save_twin(config: Mapping[str, Any], tokenizer: Any, folder: Path, seed: int
         "pad_token_id": tokenizer.pad_token_id,
     }
     tiny = AutoConfig.for_model(**{**tiny_config(config, len(tokenizer)), **ids})
+    logging.disable_progress_bar()  # a blink long, and in the way of the display
     set_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny, dtype=torch.float32)
     model.generation_config.update(**ids)

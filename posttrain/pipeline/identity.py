@@ -6,18 +6,22 @@ into the job alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from posttrain.artifact import fingerprint
-from posttrain.chat.templates import template_digest
-from posttrain.models.hub import LocalPath
+from posttrain.chat.templates import load_template
+from posttrain.errors import UserError
 from posttrain.pipeline.inputs import Input, Inputs
 from posttrain.recipe.load import LoadedRecipe
-from posttrain.recipe.schema import AnyStage
-from posttrain.recipe.trainer_fields import identity_of, resolve_trainer
+from posttrain.recipe.schema import AnyStage, Dpo, Pretrain, Sft
+from posttrain.recipe.trainer_lists import identity_of, resolve_trainer
 from posttrain.stages import KINDS
 from posttrain.stages.context import Job
+
+At = Callable[..., str]
+"""Spells the place of a key of the stage, given as its path."""
 
 _APART = {"kind", "runtime", "seed", "trainer", "model", "models", "report", "chat_template", "data", "suites"}
 """Fields of a stage that enter its identity in another form, or (`runtime`) not at all."""
@@ -31,25 +35,25 @@ def describe(loaded: LoadedRecipe, name: str, inputs: Inputs) -> Job:
     The stages it reads must have been described before: `inputs.fingerprints` holds theirs.
 
     Raises:
-        UserError: an input that does not exist or cannot be resolved.
+        UserError: an input that does not exist or cannot be resolved, or a secret that would be recorded.
     """
-    recipe, stage, where = loaded.recipe, loaded.recipe.stages[name], f"stages.{name}"
-    config = stage.model_dump(mode="json", by_alias=True)
-    trainer = resolve_trainer(stage.kind, config["trainer"]) if KINDS[stage.kind].trains else {}
+    recipe, stage = loaded.recipe, loaded.recipe.stages[name]
+
+    def at(*path: str | int) -> str:
+        return loaded.where("stages", name, *path)
+
+    _refuse_secrets(loaded, name)
+    config = stage.model_dump(mode="json", by_alias=True, exclude_none=True)
+    trainer = resolve_trainer(stage.kind, stage.trainer) if isinstance(stage, (Pretrain, Sft, Dpo)) else {}
     seed = recipe.seed if stage.seed is None else stage.seed
-    by_content, resolved = _resolved(config, inputs, where)
-    if config.get("to") is not None:
-        resolved["to"] = str(Path(config["to"]).expanduser().absolute())
-    if config.get("chat_template") is not None:
-        resolved["chat_template"] = _template(config["chat_template"], inputs, where)
-        by_content["chat_template"] = template_digest(resolved["chat_template"])
-    reads = {label: inputs.model(ref, f"{where}.{label}") for label, ref in references(stage).items()}
+    by_content, resolved = _resolve(config, inputs, at)
+    reads = {label: inputs.model(ref, at(*label.split(".", 1))) for label, ref in references(stage).items()}
     identity = {
         "kind": stage.kind,
         "version": KINDS[stage.kind].version,
         "seed": seed,
         "precision": recipe.precision,
-        "trainer": identity_of(stage.kind, trainer) if trainer else None,
+        "trainer": identity_of(stage.kind, trainer) if isinstance(stage, (Pretrain, Sft, Dpo)) else None,
         **{key: value for key, value in config.items() if key not in _APART | _EXECUTION | reads.keys()},
         **_of_inputs(reads),
         **by_content,
@@ -96,25 +100,41 @@ def _of_inputs(reads: dict[str, Input]) -> dict[str, Any]:
     return {**single, "models": columns or None}
 
 
-def _resolved(config: dict[str, Any], inputs: Inputs, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Resolves the sources of `data:` (training) and `suites:` (evaluation): (for the identity, for the job)."""
+def _refuse_secrets(loaded: LoadedRecipe, name: str) -> None:
+    """Refuses secrets from the environment in a stage: its settings are written into its record."""
+    for path, (text, _) in loaded.secrets.items():
+        if path[:2] == ("stages", name):
+            todo = "leave it out: libraries read their tokens from the environment (HF_TOKEN, WANDB_API_KEY)"
+            raise UserError(loaded.where(*path), f"the secret {text} would be recorded in the run folder", todo)
 
-    def each(block: dict[str, Any], key: str, at: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        pairs = [inputs.source(source, f"{at}.{key}[{i}]") for i, source in enumerate(block[key])]
-        return {**block, key: [identity for identity, _ in pairs]}, {**block, key: [settings for _, settings in pairs]}
 
+def _resolve(config: dict[str, Any], inputs: Inputs, at: At) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Resolves data sources, template and target of a stage: (fields of the identity, fields of the job)."""
     identity: dict[str, Any] = {}
     job: dict[str, Any] = {}
     if "data" in config:
-        identity["data"], job["data"] = each(config["data"], "sources", f"{where}.data")
+        identity["data"], job["data"] = _sources(config["data"], "sources", inputs, at, ("data",))
     if "suites" in config:
-        suites = [each(suite, "data", f"{where}.suites[{i}]") for i, suite in enumerate(config["suites"])]
+        suites = [_sources(suite, "data", inputs, at, ("suites", i)) for i, suite in enumerate(config["suites"])]
         identity["suites"], job["suites"] = [one for one, _ in suites], [one for _, one in suites]
+    if config.get("chat_template") is not None:
+        job["chat_template"] = _template(config["chat_template"], inputs, at("chat_template"))
+        identity["chat_template"] = load_template(job["chat_template"], inputs.recipe_dir).digest
+    if config.get("to") is not None:
+        job["to"] = str(Path(config["to"]).expanduser().absolute())
     return identity, job
+
+
+def _sources(
+    block: dict[str, Any], key: str, inputs: Inputs, at: At, path: tuple[str | int, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns a block with its list of sources by content, and with the list as the stage reads it."""
+    pairs = [inputs.source(source, at(*path, key, i, "path")) for i, source in enumerate(block[key])]
+    return {**block, key: [identity for identity, _ in pairs]}, {**block, key: [settings for _, settings in pairs]}
 
 
 def _template(name: str, inputs: Inputs, where: str) -> str:
     """A bundled template's bare name as it stands; a `.jinja` file as an absolute path."""
-    if not name.endswith(".jinja"):
+    if "/" not in name and "." not in name:
         return name
-    return str(inputs.path(LocalPath(Path(name).expanduser()), f"{where}.chat_template"))
+    return str(inputs.path(Path(name), where))

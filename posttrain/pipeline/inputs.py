@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posttrain.artifact import RECORD, Artifact, DigestCache, fingerprint, write_atomically
+from posttrain.data.files import source_files
+from posttrain.data.read import locate
 from posttrain.errors import CheckpointError, UserError
-from posttrain.models.hub import HubId, LocalPath, StageRef, parse_reference, resolve
+from posttrain.models.hub import HubId, StageRef, parse_reference, resolve
 
 JOB, LOG = "job.json", "log.txt"
 _MODEL_SUFFIXES = {".json", ".safetensors", ".model", ".txt", ".jinja"}
@@ -68,15 +70,20 @@ class Inputs:
             UserError: a folder that does not exist, or a hub id that cannot be resolved.
             CheckpointError: a folder that holds no model or adapter.
         """
-        found = self._parse(ref, where)
+        try:
+            found = parse_reference(ref)
+        except UserError as error:
+            raise UserError(where, f"{error.where!r} {error.found}", error.todo) from None
         if isinstance(found, StageRef):
+            if found.name not in self.fingerprints:
+                raise UserError(where, f"{ref} is no stage before this one", "refer to a stage that runs earlier")
             folder = self.run_dir / found.name
             identity = {"stage": self.fingerprints[found.name]}
-            return Input(identity, {"ref": ref, "folder": str(folder), "revision": None})
+            return Input(identity, {"ref": ref, "folder": str(folder.absolute()), "revision": None})
         if isinstance(found, HubId):
             commit = self._commit(found, "model", where)
             return Input({"hub": found.id, "commit": commit}, {"ref": ref, "folder": None, "revision": commit})
-        folder = self.path(found, where)
+        folder = self.path(found.path, where)
         if not folder.is_dir():
             raise CheckpointError(where, f"{folder} is a file", "name the folder of the model")
         return Input(self._folder(folder, where), {"ref": ref, "folder": str(folder), "revision": None})
@@ -89,30 +96,23 @@ class Inputs:
         shown = {key: value for key, value in source.items() if key not in ("path", "revision") and value is not None}
         if "rows" not in shown:
             shown.setdefault("weight", 1.0)
-        found = self._parse(source["path"], f"{where}.path")
-        if isinstance(found, StageRef):
-            raise UserError(f"{where}.path", f"{source['path']} names a stage", "give a file, a folder or a hub id")
-        if isinstance(found, HubId):
-            hub = HubId(found.id, source.get("revision") or found.revision)
-            commit = self._commit(hub, "dataset", where)
-            settings = {**source, "path": found.id, "revision": commit}
-            return {**shown, "hub": found.id, "commit": commit}, settings
-        path = self.path(found, f"{where}.path")
+        try:
+            found = locate(source["path"], self.recipe_dir)
+        except UserError as error:
+            raise UserError(where, f"{error.where!r} is {error.found}", error.todo) from None
+        if isinstance(found, str):
+            commit = self._commit(HubId(found, source.get("revision")), "dataset", where)
+            return {**shown, "hub": found, "commit": commit}, {**source, "revision": commit}
+        path = self.path(found, where)
         return {**shown, "content": self._rows(path)}, {**source, "path": str(path)}
 
-    def path(self, found: LocalPath, where: str) -> Path:
+    def path(self, path: Path, where: str) -> Path:
         """Returns a recipe's path made absolute; raises UserError when nothing is there."""
-        path = (self.recipe_dir / found.path).resolve()
-        if not path.exists():
-            todo = "paths start from the recipe's folder; a hub id is written owner/name"
-            raise UserError(where, f"{found.path} does not exist (looked for {path})", todo)
-        return path
-
-    def _parse(self, text: str, where: str) -> LocalPath | HubId | StageRef:
-        try:
-            return parse_reference(text)
-        except UserError as error:
-            raise UserError(where, f"{error.where!r} {error.found}", error.todo) from None
+        found = (self.recipe_dir / path.expanduser()).resolve()
+        if not found.exists():
+            todo = f"paths start from the recipe's folder, {self.recipe_dir}; a hub id is written owner/name"
+            raise UserError(where, f"no file or folder {found}", todo)
+        return found
 
     def _commit(self, hub: HubId, kind: Literal["model", "dataset"], where: str) -> str:
         try:
@@ -133,8 +133,6 @@ class Inputs:
 
     def _rows(self, path: Path) -> str:
         """Digest of the data files of a path: their bytes in order and their suffixes, never their names."""
-        from posttrain.data.files import source_files
-
         return fingerprint([["".join(file.suffixes), self.cache.digest(file)] for file in source_files(path)])
 
 

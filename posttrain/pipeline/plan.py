@@ -13,7 +13,8 @@ from posttrain.errors import CheckpointError, UserError
 from posttrain.pipeline.identity import describe
 from posttrain.pipeline.inputs import JOB, Inputs, Pins
 from posttrain.recipe.describe import nearest
-from posttrain.recipe.load import LoadedRecipe, execution_order
+from posttrain.recipe.load import LoadedRecipe
+from posttrain.recipe.references import execution_order
 from posttrain.stages.context import Job
 from posttrain.stages.provenance import versions
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from posttrain.artifact import Artifact, move_aside, publish_folder, write_atomically
 from posttrain.console import Console, State
 from posttrain.errors import Interrupted, StageError, UserError
@@ -79,7 +81,7 @@ class _Run:
         self.console.begin([stage.stage for stage in self.plan.stages])
         self._move_aside([folder for stage in self.plan.stages for folder in stage.aside])
         self._move_aside(self.plan.aside)
-        write_atomically(run_dir / "recipe.yaml", self.loaded.shown_yaml())
+        write_atomically(run_dir / "recipe.yaml", _copy(self.loaded))
         self.plan.pins.save()
         for stage in self.plan.stages:
             if self.asked.count:
@@ -135,3 +137,9 @@ class _Run:
             if fresh and not has_checkpoints(partial):
                 shutil.rmtree(partial)  # the message says it all, and nothing was computed yet
             raise
+
+
+def _copy(loaded: LoadedRecipe) -> str:
+    """The recipe as it was understood: defaults and overrides filled in, secrets left out."""
+    head = f"# {loaded.path.name} as it ran, with its defaults; relative paths start from {loaded.folder}\n"
+    return head + yaml.safe_dump(loaded.redacted(), sort_keys=False, allow_unicode=True, width=120)

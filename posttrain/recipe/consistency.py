@@ -21,7 +21,9 @@ def check_stage(name: str, stage: Stage) -> Iterator[Problem]:
         if stage.snapshots == Snapshots():
             yield Problem((*path, "snapshots"), "keeps nothing", "give every, step_zero or powers_of_two")
     if isinstance(stage, Pretrain) and stage.init and stage.data.max_length > stage.init.max_position_embeddings:
-        found = f"{stage.data.max_length} is more than init.max_position_embeddings ({stage.init.max_position_embeddings})"
+        found = (
+            f"{stage.data.max_length} is more than init.max_position_embeddings ({stage.init.max_position_embeddings})"
+        )
         yield Problem((*path, "data", "max_length"), found, "lower it, or raise max_position_embeddings")
     if isinstance(stage, Evaluate):
         yield from _check_suites(path, stage)
@@ -96,27 +98,27 @@ def check_runtime(tree: Mapping[str, Any], stages: Mapping[str, Stage]) -> Itera
     """Yields execution settings that exclude each other, of the recipe's `runtime` with each stage's on top.
 
     Args:
-        tree: the recipe as given: a valid one's stages may have lost nothing, but it says what stands where.
+        tree: the recipe as given, to say which key stands where.
         stages: the stages that are valid by themselves.
     """
-    base = tree.get("runtime") if isinstance(tree.get("runtime"), dict) else {}
-    fp16 = tree.get("precision") == "fp16"
-    yield from _check_runtime(("runtime",), base, base, fp16=fp16)
-    for name in stages:
+    base = tree.get("runtime")
+    base = base if isinstance(base, dict) else {}
+    yield from _check_cuts(("runtime",), base, base)
+    on_cpu: list[KeyPath] = []
+    for name, stage in stages.items():
         own = tree["stages"][name].get("runtime") or {}
-        if own:
-            yield from _check_runtime(("stages", name, "runtime"), own, {**base, **own}, fp16=fp16)
+        yield from _check_cuts(("stages", name, "runtime"), own, {**base, **own})
+        if isinstance(stage, (Pretrain, Sft, Dpo)) and {**base, **own}.get("device") == "cpu":
+            on_cpu.append(("stages", name, "runtime", "device") if "device" in own else ("runtime", "device"))
+    if tree.get("precision") == "fp16":
+        for path in dict.fromkeys(on_cpu):
+            yield Problem(path, "a CPU does not train in fp16", "set precision: bf16 or fp32")
 
 
-def _check_runtime(
-    path: KeyPath, own: Mapping[str, Any], merged: Mapping[str, Any], *, fp16: bool
-) -> Iterator[Problem]:
-    """Yields what is wrong with merged settings, where the `own` ones of this place had a part in it."""
-    cuts = ("micro_batch_tokens", "micro_batch_size")
-    given = [key for key in cuts if own.get(key) is not None]
-    if given and all(merged.get(key) is not None for key in cuts):
-        todo = f"keep one; set the other to null here" if len(given) == 1 else "keep one of them"
+def _check_cuts(path: KeyPath, own: Mapping[str, Any], merged: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yields two ways of cutting a step given together, where the `own` settings of this place had a part in it."""
+    keys = ("micro_batch_tokens", "micro_batch_size")
+    given = [key for key in keys if own.get(key) is not None]
+    if given and all(merged.get(key) is not None for key in keys):
+        todo = "keep one of them" if len(given) == 2 else "set the other, from the recipe's runtime, to null here"
         yield Problem((*path, given[-1]), "micro_batch_tokens and micro_batch_size are both given", todo)
-    if fp16 and own.get("device") == "cpu":
-        found = "a CPU does not train in fp16"
-        yield Problem((*path, "device"), found, "set precision: bf16 or fp32")

@@ -38,6 +38,15 @@ def substitute(tree: Any, env: Mapping[str, str]) -> Substituted:
     return Substituted(value, shown, walk.secrets, walk.problems)
 
 
+def escape(tree: Any) -> Any:
+    """Writes `${` in every string as `$${`, so that `substitute` gives the tree back."""
+    if isinstance(tree, dict):
+        return {key: escape(inner) for key, inner in tree.items()}
+    if isinstance(tree, list):
+        return [escape(inner) for inner in tree]
+    return tree.replace("${", "$${") if isinstance(tree, str) else tree
+
+
 @dataclass
 class _Walk:
     env: Mapping[str, str]

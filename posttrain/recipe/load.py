@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from posttrain.errors import RecipeError, RecipeErrors, UserError
 from posttrain.recipe import bundled
 from posttrain.recipe.consistency import check_runtime, check_stage
-from posttrain.recipe.environment import Substituted, substitute
+from posttrain.recipe.environment import Substituted, escape, substitute
 from posttrain.recipe.overrides import apply_overrides
 from posttrain.recipe.problems import Problem, key_text, translate
 from posttrain.recipe.references import check_references
@@ -75,8 +75,11 @@ class LoadedRecipe:
         return self.places.where(path)
 
     def redacted(self) -> dict[str, Any]:
-        """The whole recipe with its defaults as plain values, secrets from the environment as `${NAME}`."""
-        dump = self.recipe.model_dump(by_alias=True, mode="json")
+        """The whole recipe with its defaults as plain values, secrets from the environment as `${NAME}`.
+
+        As YAML (`yaml12.dump`) it is a recipe again, and the same one.
+        """
+        dump = escape(self.recipe.model_dump(by_alias=True, mode="json"))
         for path, (text, _) in self.secrets.items():
             node: Any = dump
             for part in path[:-1]:
@@ -144,7 +147,7 @@ def _display(path: Path) -> str:
 
 def _check(tree: Substituted) -> tuple[Recipe | None, list[Problem]]:
     """Validates a tree and runs every check on what of it is valid by itself."""
-    problems = list(tree.problems)
+    problems: list[Problem] = []
     recipe = None
     try:
         recipe = Recipe.model_validate(tree.value)
@@ -162,7 +165,8 @@ def _check(tree: Substituted) -> tuple[Recipe | None, list[Problem]]:
         problems += check_stage(name, config)
     problems += check_references(valid, dict.fromkeys(raw if isinstance(raw, dict) else (), "") | kinds)
     problems += check_runtime(tree.shown, valid)
-    return recipe, _one_per_place(problems)
+    unset = {problem.path for problem in tree.problems}
+    return recipe, tree.problems + [problem for problem in problems if problem.path not in unset]
 
 
 def _valid_stages(raw: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Stage]:
@@ -177,21 +181,9 @@ def _valid_stages(raw: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str,
     return valid
 
 
-def _one_per_place(problems: list[Problem]) -> list[Problem]:
-    """Keeps the first problem of each key: what is wrong with a broken value says nothing new."""
-    first: dict[KeyPath, Problem] = {}
-    several = []
-    for problem in problems:
-        if problem.path not in first:
-            first[problem.path] = problem
-            several.append(problem)
-        elif problem.path and first[problem.path].found.startswith(problem.found[:8]):
-            several.append(problem)
-    return several
-
-
 def _error(problem: Problem, places: Places, tree: Substituted) -> RecipeError:
     found, todo = problem.found, problem.todo
     for text, secret in tree.secrets.values():
-        found, todo = found.replace(secret, text), todo.replace(secret, text)
+        if secret:
+            found, todo = found.replace(secret, text), todo.replace(secret, text)
     return RecipeError(places.where(problem.path), found, todo)

@@ -25,7 +25,10 @@ class Overridden:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> Overridden:
-    """Returns a copy of a tree with `KEY=VALUE` overrides in it; VALUE is YAML, KEY dotted, list items `[0]` or `.0`."""
+    """Returns a copy of a tree with `KEY=VALUE` overrides in it.
+
+    KEY is dotted, with list items as `[0]` or `.0`; VALUE is YAML.
+    """
     result = Overridden(_copy(tree))
     for override in overrides:
         key, equals, text = override.partition("=")

@@ -66,12 +66,10 @@ def _path(details: Mapping[str, Any], shown: Any) -> tuple[KeyPath, bool]:
     if location[:1] == ["stages"] and len(location) > 2 and location[2] != "[key]":
         del location[2]  # the discriminator's value
     path: list[str | int] = []
-    node, branch = shown, False
+    node: Any = shown
+    branch = False
     for part in location:
-        if isinstance(node, dict) and part in node:
-            path.append(part)
-            node = node[part]
-        elif isinstance(node, list) and isinstance(part, int):
+        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int)):
             path.append(part)
             node = node[part]
         elif part != "[key]" and not (details["type"] == "missing" and part == location[-1]):
@@ -145,8 +143,9 @@ def _tags(context: Mapping[str, Any]) -> str:
 def _unknown_key(path: KeyPath, value: Any, shown: Any) -> Problem:
     models = models_at(path[:-1], shown)
     key = str(path[-1])
-    if any(model is Method for model in models) or isinstance(value, str) and _is_method(path, shown):
-        word = value if isinstance(value, str) and _is_method(path, shown) else key
+    one_word = isinstance(value, str) and _is_method(path, models)
+    if one_word or Method in models:
+        word = str(value) if one_word else key
         return Problem(path, f"unknown method {word!r}", nearest(word, names_of([Method])))
     known = names_of(models)
     if near := nearest_word(key, known):
@@ -160,10 +159,9 @@ def _unknown_key(path: KeyPath, value: Any, shown: Any) -> Problem:
     return Problem(path, f"unknown key `{key}`", f"allowed: {', '.join(known)}" if known else "remove it")
 
 
-def _is_method(path: KeyPath, shown: Any) -> bool:
-    """Whether a path is a `method:` given as one word, which pydantic sees as a mapping."""
-    return any(Method in _models(model.model_fields["method"].annotation)
-               for model in models_at(path[:-1], shown) if path[-1] == "method" and "method" in model.model_fields)  # fmt: skip
+def _is_method(path: KeyPath, models: Sequence[type[BaseModel]]) -> bool:
+    """Whether a path is a stage's `method`, which pydantic sees as a mapping even when it is one word."""
+    return path[-1] == "method" and any("method" in model.model_fields for model in models)
 
 
 def _without_misspelt(problems: list[Problem]) -> list[Problem]:
@@ -192,10 +190,10 @@ def names_of(models: Sequence[type[BaseModel]]) -> list[str]:
 def models_at(path: KeyPath, tree: Any) -> list[type[BaseModel]]:
     """The schema classes that may stand at a key path of a tree; of stages, those of the given kind."""
     annotations: list[Any] = [Recipe]
-    node = tree
+    node: Any = tree
     for part in path:
         annotations = [inner for annotation in annotations for inner in _step(annotation, part)]
-        node = node[part] if isinstance(node, (dict, list)) else None
+        node = at(node, (part,)) if isinstance(node, (dict, list)) else None
         annotations = [a for a in annotations if _fits_kind(a, node)]
     return [model for annotation in annotations for model in _models(annotation)]
 

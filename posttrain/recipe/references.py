@@ -22,9 +22,9 @@ def references(stage: Stage) -> dict[KeyPath, str]:
         return {("models", name): model for name, model in stage.models.items()}
     found: dict[KeyPath, str] = {}
     if isinstance(stage, (Pretrain, Sft, Dpo, Merge, Publish)) and stage.model is not None:
-        found["model",] = stage.model
+        found[("model",)] = stage.model
     if isinstance(stage, Publish) and stage.report is not None:
-        found["report",] = stage.report
+        found[("report",)] = stage.report
     return found
 
 
@@ -79,7 +79,9 @@ def _check_reference(path: KeyPath, text: str, kinds: Mapping[str, str], *, want
     elif text[1:] not in kinds:
         yield Problem(path, f"there is no stage `{text[1:]}`", nearest(text[1:], list(kinds)))
     elif (leaves := _LEAVES.get(kinds[text[1:]])) and leaves != ("a report" if wants_report else "a model"):
-        wanted = [name for name, kind in kinds.items() if _LEAVES.get(kind) == ("a report" if wants_report else "a model")]
+        wanted = [
+            name for name, kind in kinds.items() if _LEAVES.get(kind) == ("a report" if wants_report else "a model")
+        ]
         todo = f"refer to one of: {', '.join('@' + name for name in wanted)}" if wanted else "refer to another stage"
         yield Problem(path, f"{text} leaves {leaves}, not {'a report' if wants_report else 'a model'}", todo)
 

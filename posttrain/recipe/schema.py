@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 Json = Any
 
@@ -17,7 +24,9 @@ Json = Any
 class Model(BaseModel):
     """Frozen and strict: an unknown key is an error, `"1"` is not a number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    # Descriptions for the JSON Schema are read from the source when it is asked for: pydantic would do it
+    # at every start, for 30 ms.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
 
 class Runtime(Model):
@@ -25,19 +34,19 @@ class Runtime(Model):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU when there is one."""
-    num_processes: int = Field(1, ge=1)
+    num_processes: int = Field(default=1, ge=1)
     """Processes of the stage, one per device."""
-    num_machines: int = Field(1, ge=1)
+    num_machines: int = Field(default=1, ge=1)
     """Machines of the stage."""
     accelerate_config: str | None = None
     """Path or bare name (`recipes/accelerate/NAME.yaml`) of an Accelerate config."""
-    micro_batch_tokens: int | None = Field(None, ge=1)
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
     """Most tokens in one forward pass; cuts an optimizer step into pieces."""
-    micro_batch_size: int | None = Field(None, ge=1)
+    micro_batch_size: int | None = Field(default=None, ge=1)
     """Most rows (documents or pairs) in one forward pass."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
     """Attention backend; `auto` takes sdpa."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch in the stage."""
     report_to: list[str] = []
     """Experiment trackers that transformers knows: tensorboard, wandb, mlflow, trackio…"""
@@ -75,9 +84,9 @@ class Source(Model):
     """Our field name -> the column's name in the file."""
     text_format: str | None = None
     """`str.format` pattern over columns that makes one text of a row, e.g. `"{instruction}\\n{output}"`."""
-    weight: float | None = Field(None, gt=0)
+    weight: float | None = Field(default=None, gt=0)
     """Times each row is seen per epoch: 0.5 halves a source, 2.0 doubles it. Default 1."""
-    rows: int | None = Field(None, ge=1)
+    rows: int | None = Field(default=None, ge=1)
     """Exact number of rows per epoch instead of a weight."""
     select: Select | None = None
     """Only one side of a seeded split."""
@@ -94,22 +103,22 @@ class Data(Model):
 
     sources: list[Source] = Field(min_length=1)
     """Sources of the mixture."""
-    max_length: int = Field(2048, ge=8)
+    max_length: int = Field(default=2048, ge=8)
     """Most tokens of a row (SFT: a conversation; DPO: prompt + answer; pretrain: a packed row)."""
     packing: Literal["bfd", "wrap"] | None = None
     """`bfd` packs whole documents, `wrap` cuts one long stream. Default: wrap in pretrain, bfd elsewhere."""
     long_rows: Literal["truncate", "drop"] = "truncate"
     """What happens to a row longer than `max_length`; both are counted in the ledger."""
-    max_dropped: float = Field(0.02, ge=0, le=1)
+    max_dropped: float = Field(default=0.02, ge=0, le=1)
     """Largest share of rows that may be dropped before the stage fails."""
 
 
 class LoraSettings(Model):
     """LoRA's settings, spelled as in peft's `LoraConfig`."""
 
-    r: int = Field(16, ge=1)
-    lora_alpha: float = Field(16, gt=0)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    r: int = Field(default=16, ge=1)
+    lora_alpha: float = Field(default=16, gt=0)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
     bias: Literal["none"] = "none"
     """Biases are not trained: peft merges them wrongly under 4 bits."""
@@ -139,7 +148,7 @@ class Method(Model):
     lora: LoraSettings | None = None
     qlora: QloraSettings | None = None
     dora: LoraSettings | None = None
-    continue_: bool | None = Field(None, alias="continue")
+    continue_: bool | None = Field(default=None, alias="continue")
     """Train the parent's adapter further, against a frozen copy of it (dpo only)."""
 
     @model_validator(mode="before")
@@ -156,6 +165,10 @@ class Method(Model):
         if len(self.given()) != 1:
             raise ValueError("give exactly one of: full, lora, qlora, dora, continue")
         return self
+
+    @model_serializer(mode="wrap")
+    def _only_given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Json]:
+        return {name: value for name, value in dump(self).items() if value is not None}  # as null, it would mean "given"
 
     def given(self) -> list[str]:
         """Names of the methods that are set, as the recipe spells them."""
@@ -179,12 +192,12 @@ class ModelInit(Model):
     hidden_size: int = Field(ge=8)
     num_hidden_layers: int = Field(ge=1)
     num_attention_heads: int = Field(ge=1)
-    num_key_value_heads: int | None = Field(None, ge=1)
+    num_key_value_heads: int | None = Field(default=None, ge=1)
     intermediate_size: int = Field(ge=8)
-    max_position_embeddings: int = Field(2048, ge=8)
+    max_position_embeddings: int = Field(default=2048, ge=8)
     tie_word_embeddings: bool = True
-    rope_theta: float = Field(10000.0, gt=0)
-    rms_norm_eps: float = Field(1e-5, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=0)
+    rms_norm_eps: float = Field(default=1e-5, gt=0)
 
     @model_validator(mode="after")
     def _divides(self) -> ModelInit:
@@ -207,7 +220,7 @@ class TokenizerTraining(Model):
 class Snapshots(Model):
     """Model-only checkpoints that are kept for good (a resume checkpoint is something else)."""
 
-    every: int | None = Field(None, ge=1)
+    every: int | None = Field(default=None, ge=1)
     """Every N steps."""
     step_zero: bool = False
     """Also before the first step."""
@@ -277,11 +290,11 @@ class Dpo(Stage):
 class CertificateLimits(Model):
     """Largest differences between merged files and the adapter in use before a merge fails."""
 
-    max_logit_difference: float | None = Field(None, gt=0)
+    max_logit_difference: float | None = Field(default=None, gt=0)
     """Largest absolute logit difference; default by dtype and base."""
-    mean_kl: float | None = Field(None, gt=0)
+    mean_kl: float | None = Field(default=None, gt=0)
     """Mean KL divergence in nats per token."""
-    min_top1_agreement: float | None = Field(None, ge=0, le=1)
+    min_top1_agreement: float | None = Field(default=None, ge=0, le=1)
 
 
 class Merge(Stage):
@@ -314,10 +327,10 @@ class Suite(Model):
     name: str
     kind: Literal["bits_per_byte", "preference", "generate"]
     data: list[Source] = Field(min_length=1)
-    max_rows: int | None = Field(None, ge=1)
+    max_rows: int | None = Field(default=None, ge=1)
     """First rows only."""
-    max_length: int = Field(2048, ge=8)
-    max_new_tokens: int = Field(64, ge=1)
+    max_length: int = Field(default=2048, ge=8)
+    max_new_tokens: int = Field(default=64, ge=1)
     prompt_field: str = "prompt"
     """Row field with the question (a string, or messages)."""
     checks: list[Check] = []

@@ -64,9 +64,8 @@ def check_value(field: TrainerField, value: Any, choices: tuple[str, ...] | None
         return name, f"{value!r} is not allowed", nearest(value, choices)
     if not _accepts(node, value):
         return name, f"{describe(value)}, not {_expected(node)}", _type_remedy(node, value)
-    for item in value if choices and isinstance(value, list) else []:
-        if item not in choices:
-            return name, f"{item!r} is not allowed", nearest(str(item), choices)
+    if choices and isinstance(value, list) and (unknown := [item for item in value if item not in choices]):
+        return name, f"{unknown[0]!r} is not allowed", nearest(str(unknown[0]), choices)
     return _check_range(name, value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
@@ -98,7 +97,9 @@ def _names(node: ast.expr) -> list[str]:
 
     A mapping may also be given as JSON text on TRL's own command line: in a recipe it is a mapping.
     """
-    names = [ast.unparse(option.value if isinstance(option, ast.Subscript) else option) for option in _alternatives(node)]
+    names = [
+        ast.unparse(option.value if isinstance(option, ast.Subscript) else option) for option in _alternatives(node)
+    ]
     return [name for name in names if not (name == "str" and "dict" in names)]
 
 
@@ -148,6 +149,16 @@ def _type_remedy(node: ast.expr, value: Any) -> str:
     if value is None:
         return "remove the key to take the default"
     return f"give {_expected(node)}"
+
+
+def value_range(name: str) -> dict[str, float]:
+    """The range of a number as JSON Schema keywords; empty where any number will do."""
+    if name in _BETWEEN:
+        low, high, closed = _BETWEEN[name]
+        return {"minimum": low, "maximum" if closed else "exclusiveMaximum": high}
+    if name in _AT_LEAST:
+        return {"minimum": _AT_LEAST[name]}
+    return {"exclusiveMinimum": _MORE_THAN[name]} if name in _MORE_THAN else {}
 
 
 def _check_range(name: str, value: float) -> Finding | None:
@@ -207,7 +218,11 @@ def _check_optimizer(given: Mapping[str, Any]) -> Iterator[Finding]:
     name = given.get("optim", "")
     targets = name.startswith(_NEEDS_TARGETS)
     if name.endswith("_layerwise"):
-        yield "optim", f"{name} allows neither micro batches nor several processes", f"take {name[: -len('_layerwise')]}"
+        yield (
+            "optim",
+            f"{name} allows neither micro batches nor several processes",
+            f"take {name[: -len('_layerwise')]}",
+        )
     elif targets and not given.get("optim_target_modules"):
         yield "optim", f"{name} needs optim_target_modules", "add optim_target_modules: all-linear"
     elif not targets and given.get("optim_target_modules"):
@@ -262,7 +277,11 @@ def _check_dpo(given: Mapping[str, Any]) -> Iterator[Finding]:
     divergence = given.get("f_divergence_type", "reverse_kl")
     unfit = [loss for loss in losses if loss not in divergence_losses()]
     if divergence != "reverse_kl" and unfit:
-        yield "f_divergence_type", f"{divergence} has no form for {', '.join(unfit)}", "take reverse_kl with these losses"
+        yield (
+            "f_divergence_type",
+            f"{divergence} has no form for {', '.join(unfit)}",
+            "take reverse_kl with these losses",
+        )
     if given.get("use_weighting") and (sorting := [loss for loss in losses if loss.startswith("aot")]):
         yield "use_weighting", f"does not go with {', '.join(sorting)}, which sorts the pairs", "remove one of the two"
     if "f_alpha_divergence_coef" in given and divergence != "alpha_divergence":

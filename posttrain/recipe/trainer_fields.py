@@ -79,9 +79,8 @@ def _field(name: str, statement: ast.AnnAssign) -> TrainerField:
         factory = words.get("default_factory")
         value = words.get("default") or (factory.body if isinstance(factory, ast.Lambda) else factory)
     metadata = words.get("metadata")
-    inside: dict[Any, ast.expr] = {}
-    if isinstance(metadata, ast.Dict):
-        inside = {key.value: item for key, item in zip(metadata.keys, metadata.values, strict=True) if _constant(key)}
+    pairs = zip(metadata.keys, metadata.values, strict=True) if isinstance(metadata, ast.Dict) else ()
+    inside = {key.value: item for key, item in pairs if isinstance(key, ast.Constant)}
     literal, default = _literal(value)
     choices = _literal(inside["choices"])[1] if "choices" in inside else None
     return TrainerField(
@@ -92,10 +91,6 @@ def _field(name: str, statement: ast.AnnAssign) -> TrainerField:
         help=str(_literal(inside["help"])[1]) if "help" in inside else "",
         choices=tuple(choices) if isinstance(choices, list) else _enum_choices(statement.annotation),
     )
-
-
-def _constant(node: ast.expr | None) -> bool:
-    return isinstance(node, ast.Constant)
 
 
 def _literal(node: ast.expr | None) -> tuple[bool, Any]:

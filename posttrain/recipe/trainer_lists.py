@@ -119,8 +119,7 @@ OWNED: dict[str, str] = {
     "ref_model_sync_steps": _REFERENCE,
 }
 
-EXECUTION: frozenset[str] = frozenset(
-    """
+_EXECUTION = """
     activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
     activation_offloading torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
     logging_strategy logging_steps logging_first_step log_on_each_node log_level log_level_replica disable_tqdm
@@ -130,19 +129,17 @@ EXECUTION: frozenset[str] = frozenset(
     dataloader_multiprocessing_context
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
     debug skip_memory_metrics
-    """.split()
-)
-"""Where, how fast and how visibly a stage trains; never what comes out."""
-
-IDENTITY: frozenset[str] = frozenset(
-    """
+"""
+_IDENTITY = """
     num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
     optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
     label_smoothing_factor neftune_noise_alpha tf32 router_aux_loss_coef
     loss_type loss_weights ld_alpha f_divergence_type f_alpha_divergence_coef label_smoothing beta use_weighting
     discopop_tau
-    """.split()
-)
+"""
+EXECUTION: frozenset[str] = frozenset(_EXECUTION.split())
+"""Where, how fast and how visibly a stage trains; never what comes out."""
+IDENTITY: frozenset[str] = frozenset(_IDENTITY.split())
 """What changes the weights."""
 
 BATCH_SIZE = "global_batch_size"

@@ -106,6 +106,30 @@ def resolve(text: str) -> Any:
     return math.nan if text in _NAN else text
 
 
+def dump(value: Any) -> str:
+    """Writes plain values as YAML that `parse` reads back equal; keys keep their order.
+
+    PyYAML alone would leave text such as `5e-6` unquoted, which is a number here.
+    """
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    try:
+        plain = isinstance(resolve(text), str)
+    except ValueError:
+        plain = False
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else "'")
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 @dataclass
 class _Reader:
     """Builds the value from parser events, once, front to back."""
@@ -245,7 +269,9 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, name: str) -> RecipeEr
 
 def _syntax_remedy(found: str, row: str, character: str) -> str:
     if "cannot start any token" in found:
-        return "indent with spaces, not tabs" if character == "\t" else f"put text that starts with {character} in quotes"
+        return (
+            "indent with spaces, not tabs" if character == "\t" else f"put text that starts with {character} in quotes"
+        )
     if "${" in row:
         return 'put text with ${NAME} in quotes: "${NAME}"'
     if "mapping values are not allowed" in found:

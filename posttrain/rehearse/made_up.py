@@ -47,7 +47,9 @@ def made_up_rows(
     sums = [_sum(start + number) for number in range(rows)]
     if text_format is not None:
         named = [name for _, name, _, _ in string.Formatter().parse(text_format) if name]
-        return [{name: one.question if number % 2 == 0 else one.answer for number, name in enumerate(named)} for one in sums]
+        return [
+            {name: one.question if number % 2 == 0 else one.answer for number, name in enumerate(named)} for one in sums
+        ]
     return [{columns.get(name, name): value for name, value in _SHAPES[shape](one).items()} for one in sums]
 
 

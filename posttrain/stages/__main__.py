@@ -117,7 +117,8 @@ def run_job(path: Path, events: Events, stop: Stop) -> int:
         traceback.print_exc()
         text = (str(error).strip().splitlines() or [""])[0]
         found = f"unexpected {type(error).__name__}: {text}"
-        events("error", where=path.parent.name, found=found, todo="see the log for the traceback", exit_code=1)
+        where = f"stage {path.parent.name.removesuffix('.partial')}"
+        events("error", where=where, found=found, todo="see the log for the traceback", exit_code=1)
         return 1
     return 0
 

@@ -5,31 +5,33 @@ from __future__ import annotations
 import gc
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from posttrain.artifact import write_atomically
-from posttrain.chat.contract import end_of_turn
-from posttrain.chat.templates import ChatTemplate, load_template
-from posttrain.chat.tokenizer import load_tokenizer
+from posttrain.chat.templates import ChatTemplate, load_template, read_folder_template
+from posttrain.chat.tokenizer import load_any_tokenizer
+from posttrain.chat.turns import end_of_turn
 from posttrain.data.read import read_source
-from posttrain.errors import ChatError, CheckpointError, DataError, StageError, UserError
+from posttrain.data.shapes import Want
+from posttrain.errors import ChatError, UserError
 from posttrain.evaluation.gates import GateRule, check_gates, judge
 from posttrain.evaluation.questions import CheckRule, check_rules, read_questions
 from posttrain.evaluation.suites import RowScore, Suite, Talker, score, table
-from posttrain.models.hub import HubId, fetch_model, parse_reference
+from posttrain.models.lineage import lineage_of
+from posttrain.models.load import load_policy
 from posttrain.recipe import schema
 from posttrain.report.markdown import headline, report_page
-from posttrain.stages.context import Context, ModelInput, Summary
+from posttrain.stages.context import Context, Summary
+from posttrain.stages.setup import Machine, model_folder, set_up
 from posttrain.stages.sources import source_spec
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WANTED = {"bits_per_byte": "text", "preference": "pair", "generate": "raw"}
+WANTED: dict[str, Want] = {"bits_per_byte": "text", "preference": "pair", "generate": "raw"}
 SAMPLES = 8
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]*")
 
@@ -41,10 +43,10 @@ def run(config: schema.Evaluate, context: Context) -> Summary:
 
     Raises:
         UserError: a suite, check or gate that cannot work, or rows that cannot be read.
-        CheckpointError: a model folder that is an adapter or does not load.
+        CheckpointError: a model folder that does not load, or an adapter without a record of ours (merge it first).
     """
-    if context.runtime.threads:
-        torch.set_num_threads(context.runtime.threads)
+    transformers_logging.disable_progress_bar()
+    machine = set_up(context)
     _check_names(config)
     suites, notes = _read_suites(config, context)
     gates = [GateRule(**gate.model_dump()) for gate in config.require]
@@ -53,7 +55,7 @@ def run(config: schema.Evaluate, context: Context) -> Summary:
     scores: dict[str, Scores] = {suite.name: {} for suite in suites}
     templates: dict[str, ChatTemplate | None] = {}
     for name in config.models:
-        talker = _talker(name, config, context)
+        talker = _talker(name, config, context, machine)
         templates[name] = talker.template
         for suite in suites:
             context.events("phase", text=f"{name}: {suite.name} ({len(suite.rows)} rows)")
@@ -91,15 +93,17 @@ def _read_suites(config: schema.Evaluate, context: Context) -> tuple[list[Suite]
         context.events("phase", text=f"reading {given.name}")
         rows: list[Any] = []
         for source in given.data:
-            read = read_source(source_spec(source, context.recipe_dir), WANTED[given.kind])
+            left = None if given.max_rows is None else given.max_rows - len(rows)
+            if left == 0:
+                break
+            read = read_source(source_spec(source, context.recipe_dir), WANTED[given.kind], left)
             rows += read.rows
             if read.dropped:
-                notes.append(f"{given.name}: {len(read.dropped)} rows of {source.path} could not be used.")
-        if given.max_rows is not None and given.max_rows < len(rows):
-            notes.append(f"{given.name}: the first {given.max_rows} of {len(rows)} rows (`max_rows`).")
-            rows = rows[: given.max_rows]
-        if not rows:
-            raise DataError(f"suite {given.name}", "no rows", "look at `data` of the suite")
+                reasons = Counter(one.reason for one in read.dropped)
+                listed = ", ".join(f"{reason} ({count})" for reason, count in reasons.items())
+                notes.append(f"{given.name}: {len(read.dropped)} rows of {Path(source.path).name} not used: {listed}.")
+        if given.max_rows is not None:
+            notes.append(f"{given.name}: no more than the first {given.max_rows} rows (`max_rows`).")
         rules: Sequence[CheckRule] = _rules(given)
         if given.kind == "generate":
             rows, rules = read_questions(rows, given.prompt_field, rules)
@@ -107,61 +111,28 @@ def _read_suites(config: schema.Evaluate, context: Context) -> tuple[list[Suite]
     return suites, notes
 
 
-def _talker(name: str, config: schema.Evaluate, context: Context) -> Talker:
+def _talker(name: str, config: schema.Evaluate, context: Context, machine: Machine) -> Talker:
     """Loads one model with its tokenizer and template; the caller lets go of it before the next."""
     given = context.inputs[f"models.{name}"]
     context.events("phase", text=f"{name}: loading {given.ref}")
-    folder = _folder(given)
-    tokenizer = load_tokenizer(folder)
-    template = _template(name, folder, config)
+    folder = model_folder(given)
+    tokenizer = load_any_tokenizer(folder)
+    template = _template(name, folder, config, context)
     eos_ids = (end_of_turn(tokenizer, template).id,) if template else ()
-    model = _load(given, folder, context)
-    default = 16384 if model.device.type == "cuda" else 4096
-    return Talker(model, tokenizer, template, eos_ids, context.runtime.micro_batch_tokens or default)
+    default = 16384 if machine.device == "cuda" else 4096
+    # A standalone folder as it stands; an adapter of ours with the base and parents that its record names.
+    model = load_policy(lineage_of(folder, given.ref), machine.dtype, machine.device, machine.attn_implementation)
+    return Talker(model.eval(), tokenizer, template, eos_ids, context.runtime.micro_batch_tokens or default)
 
 
-def _folder(given: ModelInput) -> Path:
-    if given.folder is not None:
-        return given.folder
-    hub = parse_reference(given.ref)
-    if not isinstance(hub, HubId) or given.revision is None:
-        raise StageError(given.ref, "is neither a folder nor a hub id with its commit", "this is a bug of the plan")
-    return fetch_model(hub.id, given.revision)
-
-
-def _template(name: str, folder: Path, config: schema.Evaluate) -> ChatTemplate | None:
+def _template(name: str, folder: Path, config: schema.Evaluate, context: Context) -> ChatTemplate | None:
     """A model's own saved template, else the one the recipe gives to models that have none."""
     if all(suite.kind == "bits_per_byte" for suite in config.suites):
         return None
-    own = folder / "chat_template.jinja"
-    if own.is_file():
-        return load_template(str(own))
-    if config.chat_template is None:
-        raise ChatError(f"models.{name}", f"{folder} has no chat_template.jinja", "set `chat_template` of the stage")
-    return load_template(config.chat_template)
-
-
-def _load(given: ModelInput, folder: Path, context: Context) -> PreTrainedModel:
-    attention = "sdpa" if context.runtime.attn_implementation == "auto" else context.runtime.attn_implementation
-    device, dtype = _device(context), DTYPES[context.precision]
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(given.ref, "is an adapter, not a standalone model", "merge it first: `kind: merge`")
-    transformers_logging.disable_progress_bar()
-    try:
-        # The attention name of the folder's config is never used: it could name code on the hub.
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(folder), f"does not load: {error}", "check the folder") from None
-    return model.to(device).eval()
-
-
-def _device(context: Context) -> torch.device:
-    asked = context.runtime.device
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise StageError(context.stage, "the recipe asks for `device: cuda`, and there is none", "set `device: auto`")
-    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+    own = read_folder_template(folder)
+    if own is None and config.chat_template is None:
+        raise ChatError(f"models.{name}", f"{folder} has no chat template", "set `chat_template` of the stage")
+    return own or load_template(str(config.chat_template), context.recipe_dir)
 
 
 def _free_memory() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -15,7 +16,7 @@ from posttrain.data.rows import Origin
 from posttrain.errors import DataError
 from posttrain.pretraining.mixture import Share, epoch_rows
 from posttrain.pretraining.order import Order, draw_items, plan_steps
-from posttrain.pretraining.rows import Row, wrap
+from posttrain.pretraining.rows import IGNORE, Row, wrap
 from posttrain.recipe.schema import Data, Source
 from posttrain.stages.context import Context
 from posttrain.stages.sources import source_spec
@@ -135,26 +136,41 @@ class Schedule(Generic[T]):
 
 def schedule_rows(prepared: Prepared[T], trainer: dict[str, Any], seed: int) -> Schedule[T]:
     """Steps of whole rows: documents in SFT, pairs in DPO."""
-    items = draw_items(prepared.shares, seed, _epochs(trainer))
-    offsets = plan_steps(len(items), trainer["global_batch_size"], _max_steps(trainer))
-    order = Order(items, offsets)
+    batch, most = trainer["global_batch_size"], _max_steps(trainer)
+    per_epoch = sum(share.wanted for share in prepared.shares if share.available)
+    epochs = most * batch / per_epoch if most > 0 else float(trainer["num_train_epochs"])
+    items = draw_items(prepared.shares, seed, epochs)
+    order = Order(items, plan_steps(len(items), batch, most))
     return Schedule(order, lambda step: prepared.at(order.of_step(step)))
 
 
 def schedule_wrapped(prepared: Prepared[Row], trainer: dict[str, Any], seed: int, length: int) -> Schedule[Row]:
     """Steps of packed rows cut from one stream; the order names the documents each step holds."""
-    items = draw_items(prepared.shares, seed, _epochs(trainer))
+    batch, most = trainer["global_batch_size"], _max_steps(trainer)
+    first = epoch_rows(prepared.shares, seed, 0)
+    _count_cuts(prepared, first, length)
+    tokens = sum(map(len, prepared.at(first)))
+    epochs = -(-most * batch * length // tokens) if most > 0 else float(trainer["num_train_epochs"])
+    items = draw_items(prepared.shares, seed, epochs)
     rows, members = wrap(prepared.at(items), length)
-    cuts = plan_steps(len(rows), trainer["global_batch_size"], _max_steps(trainer))
-    held = [np.unique(np.concatenate([members[i] for i in range(a, b)])) for a, b in zip(cuts, cuts[1:], strict=False)]
+    cuts = plan_steps(len(rows), batch, most)
+    held = [np.unique(np.concatenate([members[i] for i in range(a, b)])) for a, b in pairwise(cuts)]
     offsets = np.cumsum([0, *map(len, held)], dtype=np.int64)
     order = Order(items[np.concatenate(held).astype(np.int64)], offsets)
     return Schedule(order, lambda step: rows[cuts[step] : cuts[step + 1]])
 
 
-def _epochs(trainer: dict[str, Any]) -> float:
-    """Epochs to draw; with `max_steps` alone, as many as those steps need."""
-    return float(trainer.get("num_train_epochs") or 1.0)
+def _count_cuts(prepared: Prepared[Row], items: np.ndarray, length: int) -> None:
+    """Moves the tokens that start a packed row from `trained` to `masked`: nothing stands before them."""
+    seen: set[tuple[int, int]] = set()
+    at = 0
+    for (source, number), row in zip(map(tuple, items.tolist()), prepared.at(items), strict=True):
+        starts = np.arange(-at % length, len(row), length)
+        lost = int((row.labels[starts] != IGNORE).sum())
+        if lost and (source, number) not in seen:
+            prepared.ledger.train(prepared.names[source], supervised=-lost, masked=lost, rows=0)
+        seen.add((source, number))
+        at += len(row)
 
 
 def _max_steps(trainer: dict[str, Any]) -> int:

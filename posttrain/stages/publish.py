@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.artifact import publish_folder, sha256, write_atomically
-from posttrain.chat.contract import EndOfTurn, end_of_turn
 from posttrain.chat.render import render_prompt
 from posttrain.chat.templates import load_template
 from posttrain.chat.tokenizer import load_tokenizer
+from posttrain.chat.turns import EndOfTurn, end_of_turn
 from posttrain.errors import ChatError, CheckpointError, UserError
-from posttrain.models.hub import HubId, fetch_model, parse_reference
 from posttrain.recipe import schema
 from posttrain.report.card import Card, model_card
 from posttrain.report.history import history
 from posttrain.stages.context import Context, ModelInput, Summary
+from posttrain.stages.setup import model_folder
 
 SUMS = "SHA256SUMS"
 _NEEDED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -48,7 +48,7 @@ def run(config: schema.Publish, context: Context) -> Summary:
         UserError: `to` holds something else.
     """
     given = context.inputs["model"]
-    source = _folder(given)
+    source = model_folder(given)
     target = Path(config.to) if config.to else None
     _refuse_foreign(target)
     context.events("phase", text="gathering files")
@@ -78,15 +78,6 @@ def run(config: schema.Publish, context: Context) -> Summary:
         metrics={"files": len(files), "bytes": size, "end_of_turn": stop.text},
         lineage=given.artifact.record.lineage if given.artifact else None,
     )
-
-
-def _folder(given: ModelInput) -> Path:
-    if given.folder is not None:
-        return given.folder
-    hub = parse_reference(given.ref)
-    assert isinstance(hub, HubId), "a model without a folder is a hub id"
-    assert given.revision is not None, "the plan pins hub ids"
-    return fetch_model(hub.id, given.revision)
 
 
 def gather(source: Path, folder: Path) -> list[str]:
@@ -140,7 +131,7 @@ def verify(folder: Path) -> EndOfTurn:
     if wrong:
         raise CheckpointError(str(folder), f"weights do not match the config: {json.dumps(wrong)}")
 
-    tokenizer, template = load_tokenizer(folder), load_template(str(folder / "chat_template.jinja"))
+    tokenizer, template = load_tokenizer(folder), load_template("chat_template.jinja", folder)
     stop = end_of_turn(tokenizer, template)
     stops = model.generation_config.eos_token_id
     if stop.id not in (stops if isinstance(stops, list) else [stops]):

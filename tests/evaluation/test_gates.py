@@ -48,7 +48,7 @@ def test_bounds(gate: GateRule, passed: bool) -> None:
 @pytest.mark.parametrize(
     ("gate", "where", "todo"),
     [
-        (GateRule("qq", "right", "aligned", min=0), "require[0].suite", "did you mean qa"),
+        (GateRule("qq", "right", "aligned", min=0), "require[0].suite", "there are: qa"),
         (GateRule("qa", "rigth", "aligned", min=0), "require[0].metric", "did you mean right"),
         (GateRule("qa", "right", "alined", min=0), "require[0].model", "did you mean aligned"),
         (GateRule("qa", "right", "aligned", minus="instruct", min=0), "require[0].minus", "there are: base, aligned"),

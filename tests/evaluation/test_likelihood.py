@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from posttrain.chat.templates import load_template
 from posttrain.data.rows import Origin, PairRow
 from posttrain.evaluation.likelihood import PairScore, bits_per_byte, preference, token_logprobs
+from tests.evaluation.tiny import make_model
 
 ORIGIN = Origin("x.jsonl", 1)
 
@@ -65,10 +67,7 @@ def test_rows_that_cannot_be_scored_are_refused(model: LlamaForCausalLM) -> None
 def test_real_checkpoint_is_scored_as_it_generates(shared_dir: Path) -> None:
     """A trained model: the greedy continuation it is known for is what it finds likely, and uniform is not."""
     real = LlamaForCausalLM.from_pretrained(shared_dir / "data" / "stories260k", dtype=torch.float32).eval()
-    import json
-
-    known = json.loads((shared_dir / "data" / "stories260k" / "greedy_ids_from_bos.json").read_text())
-    ids = (known["ids"] if isinstance(known, dict) else known)[:200]
+    ids = json.loads((shared_dir / "data" / "stories260k" / "greedy_ids_from_bos.json").read_text())[:200]
     shuffled = [ids[0], *reversed(ids[1:])]
     good, bad = token_logprobs(real, [(ids, [-100, *ids[1:]]), (shuffled, [-100, *shuffled[1:]])])
     assert good.mean() > -1.5
@@ -76,9 +75,7 @@ def test_real_checkpoint_is_scored_as_it_generates(shared_dir: Path) -> None:
     np.testing.assert_allclose(good, reference(real, ids), atol=1e-4)
 
 
-def test_bits_per_byte_of_a_uniform_model_is_eight(tokenizer: PreTrainedTokenizerFast) -> None:
-    from tests_tiny import make_model
-
+def test_bits_per_byte_of_a_model_that_knows_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
     flat = make_model(0)
     torch.nn.init.zeros_(flat.lm_head.weight)
     text = "Euskara! " * 4
@@ -112,7 +109,7 @@ def pair(chosen: str, rejected: str) -> PairRow:
 def test_pairs_are_scored_on_the_answer_and_its_end_of_turn(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    template = load_template("chatml")
+    template = load_template("chatml", Path())
     pairs = [pair("yes", "no way"), pair("x" * 200, "y"), pair("same", "emas")]
     scores = preference(model, tokenizer, template, pairs, max_length=100, batch_tokens=64)
     assert scores[1] is None

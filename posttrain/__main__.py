@@ -1,0 +1,5 @@
+"""`python -m posttrain` is the same as `posttrain`."""
+
+from posttrain.cli import main
+
+main()

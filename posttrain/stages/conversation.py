@@ -1,0 +1,77 @@
+"""The chat side of a stage: which tokenizer and template it works with, and what is saved of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.chat.contract import EndOfTurn, agree, control_tokens, end_of_turn, required_tokens_missing
+from posttrain.chat.templates import ChatTemplate, load_template, read_folder_template
+from posttrain.chat.tokenizer import load_any_tokenizer
+from posttrain.errors import ChatError
+from posttrain.models.lineage import Lineage
+from posttrain.stages.context import Context
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Tokenizer and template that belong together."""
+
+    tokenizer: Any
+    template: ChatTemplate
+    end: EndOfTurn
+
+    @property
+    def control_ids(self) -> list[int]:
+        """Ids of the control tokens that the template writes."""
+        return sorted({token for _, token in control_tokens(self.tokenizer, self.template)})
+
+
+def open_chat(parents: Lineage, chosen: str | None, context: Context) -> Chat:
+    """Opens the tokenizer of the newest link of a lineage, and the stage's template.
+
+    Args:
+        chosen: bundled name or file from the recipe; None = the model's own.
+
+    Raises:
+        ChatError: no template anywhere, tokens that the tokenizer lacks, or another template than the one
+            an earlier stage of ours has trained.
+    """
+    folder = (parents.adapters[-1] if parents.adapters else parents.base).folder
+    tokenizer = load_any_tokenizer(folder)
+    own = read_folder_template(folder)
+    where = f"stages.{context.stage}.chat_template"
+    if chosen is None and own is None:
+        raise ChatError(where, f"absent, and {folder.name} has no template of its own", "name one, e.g. chatml")
+    template = own if chosen is None else load_template(chosen, context.recipe_dir)
+    assert template is not None
+    if own is not None and template.digest != own.digest and _trained_by_us(context):
+        raise ChatError(
+            where, f"{template.name} is not the template {context.inputs['model'].ref} was trained with", "leave it out"
+        )
+    if missing := required_tokens_missing(tokenizer, template):
+        lacks = ", ".join(map(repr, missing))
+        raise ChatError(where, f"{template.name} needs {lacks}, which the tokenizer lacks", "choose another template")
+    return Chat(tokenizer, template, end_of_turn(tokenizer, template))
+
+
+def _trained_by_us(context: Context) -> bool:
+    artifact = context.inputs["model"].artifact
+    return artifact is not None and artifact.record.kind in ("sft", "dpo", "merge")
+
+
+def settle(chat: Chat, model: Any, context: Context) -> None:
+    """Makes tokenizer, config and generation config agree with the template, and says what changed."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for line in agree(chat.tokenizer, chat.template, base.config, base.generation_config):
+        context.events("note", text=line)
+        print(line, flush=True)
+
+
+def save_chat(chat: Chat, model: Any, folder: Path) -> None:
+    """Saves tokenizer, template (without marks) and generation config beside an adapter or model."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    chat.tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(chat.template.inference, encoding="utf-8")
+    base.generation_config.save_pretrained(folder)

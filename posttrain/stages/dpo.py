@@ -1,0 +1,195 @@
+"""`dpo`: preference optimisation of a full model or an adapter, against the policy it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain.certify.reference import loss_at_zero, step_zero_problems
+from posttrain.chat.render import render_pair
+from posttrain.data.rows import PairRow
+from posttrain.errors import ChatError, Interrupted, StageError
+from posttrain.models.attention import check_isolation
+from posttrain.models.lineage import lineage_of
+from posttrain.pretraining.arguments import trainer_arguments
+from posttrain.recipe.schema import Dpo
+from posttrain.stages.context import Context, Summary
+from posttrain.stages.conversation import Chat, open_chat, settle
+from posttrain.stages.outputs import model_files, write_ledger
+from posttrain.stages.prepare import Prepared, Refused, Schedule, Tokenised, prepare, schedule_rows
+from posttrain.stages.run_loop import run_loop, training_metrics
+from posttrain.stages.setup import Machine, assert_trainable, model_folder, set_up
+from posttrain.stages.sft import prove_saved, save_policy
+from posttrain.stages.trainable import Policy, load_trainable, resolve_method
+from posttrain.training.dpo import SpineDpoTrainer, build_dpo_trainer, dpo_step
+from posttrain.training.limits import Limits, piece_limits
+from posttrain.training.pairs import Pair, pad_pairs
+from posttrain.training.reference import reference_key, reference_logps
+
+
+def run(config: Dpo, context: Context) -> Summary:
+    """Trains on preference pairs; aborts before the first step when policy and reference are not the same."""
+    machine = set_up(context)
+    given = context.inputs["model"]
+    parents = lineage_of(model_folder(given), given.ref)
+    method = resolve_method(config.method, parents, context.stage)
+    chat = open_chat(parents, config.chat_template, context)
+    limit, cut = config.data.max_length, config.data.long_rows == "truncate"
+    prepared = prepare(config.data, context, "pair", lambda rows: tokenise(rows, chat, limit, cut))
+    schedule = schedule_rows(prepared, context.trainer, context.seed)
+    write_ledger(context.folder, prepared.ledger)
+    context.events("phase", text="loading the model")
+    policy = load_trainable(parents, method, machine, context, [])
+    settle(chat, policy.model, context)
+    trained, total = assert_trainable(policy.model, context.stage)
+    check_isolation(policy.model, len(chat.tokenizer))
+    limits = piece_limits(machine.device, context.runtime.micro_batch_tokens, context.runtime.micro_batch_size)
+    trainer = build_dpo_trainer(
+        policy.model, chat.tokenizer, _arguments(context, machine, schedule.steps), limits.row_tokens
+    )
+    references = _references(trainer, prepared, chat, policy, limits, machine, context)
+    losses, pad = list(trainer.loss_types), chat.tokenizer.pad_token_id
+
+    def make_step(step: int) -> Any:
+        pairs, known = _with_references(schedule, prepared, references, step)
+        return dpo_step(pairs, known, pad, limits.tokens, limits.documents, losses)
+
+    proof = _prove_step_zero(trainer, schedule, prepared, references, make_step, pad, context)
+    result = run_loop(
+        trainer,
+        context,
+        prepared,
+        schedule,
+        make_step,
+        config.snapshots,
+        lambda folder: save_policy(policy, chat, machine, folder),
+    )
+    context.events("phase", text="saving")
+    save_policy(policy, chat, machine, context.folder)
+    prove_saved(policy, chat, context.folder)
+    return Summary(
+        headline=f"{policy.kind}: {result.steps} steps, loss {result.first_loss:.3f} -> {result.last_loss:.3f}",
+        files=model_files(context.folder),
+        metrics=training_metrics(result, trained, total, {"step_zero": proof}),
+        lineage=policy.lineage_after(context),
+        ledger=prepared.ledger.as_dict(),
+    )
+
+
+def _arguments(context: Context, machine: Machine, steps: int) -> dict[str, Any]:
+    return trainer_arguments(
+        context.trainer,
+        folder=context.folder,
+        steps=steps,
+        seed=context.seed,
+        precision=context.precision,
+        device=machine.device,
+        report_to=context.runtime.report_to,
+    )
+
+
+def tokenise(rows: list[PairRow], chat: Chat, limit: int, cut: bool) -> Iterator[Tokenised[Pair] | Refused]:
+    """Renders pairs; an answer that goes beyond `limit` is cut at its end, or the pair is refused.
+
+    Raises:
+        ChatError: naming file and row of a pair that the template cannot take.
+    """
+    for row in rows:
+        try:
+            parts = render_pair(chat.tokenizer, chat.template, row.prompt, row.chosen, row.rejected, row.tools)
+        except ChatError as error:
+            raise ChatError(str(row.origin), f"{error.where}: {error.found}", error.todo) from None
+        yield _fit_pair(parts, limit, cut)
+
+
+def _fit_pair(parts: tuple[list[int], list[int], list[int]], limit: int, cut: bool) -> Tokenised[Pair] | Refused:
+    prompt, chosen, rejected = (np.asarray(part, dtype=np.int32) for part in parts)
+    tokens = len(prompt) + len(chosen) + len(rejected)
+    room = limit - len(prompt)
+    if room < 1:
+        return Refused("the prompt fills max_length", tokens)
+    if max(len(chosen), len(rejected)) > room and not cut:
+        return Refused("longer than max_length", tokens)
+    pair = Pair(prompt, chosen[:room], rejected[:room])
+    if np.array_equal(pair.chosen, pair.rejected):
+        same = np.array_equal(chosen, rejected)
+        return Refused("both answers are the same tokens" if same else "both answers are the same once cut", tokens)
+    return Tokenised(pair, pair.supervised, len(prompt), tokens - len(prompt) - pair.supervised)
+
+
+def _references(
+    trainer: SpineDpoTrainer,
+    prepared: Prepared[Pair],
+    chat: Chat,
+    policy: Policy,
+    limits: Limits,
+    machine: Machine,
+    context: Context,
+) -> list[torch.Tensor]:
+    """Reference log-probs of every pair, per source [n, 2], from the cache of the run or computed now."""
+    pairs = [pair for rows in prepared.rows for pair in rows]
+    described = {
+        "model": context.identity["model"],
+        "method": policy.kind,
+        "quantization": str(policy.quantization),
+        "precision": context.precision,
+        "attention": machine.attn_implementation,
+        "device": machine.device,
+        "ld_alpha": context.trainer.get("ld_alpha"),
+    }
+    cache = context.run_dir / ".cache" / "reference" / f"{reference_key(described, pairs)}.npy"
+    table = reference_logps(
+        trainer, pairs, chat.tokenizer.pad_token_id, limits, cache, context.events, context.should_stop
+    )
+    if table.isnan().any():
+        raise Interrupted("reference log-probs", "stopped as asked; what is done is kept", "rerun the same command")
+    return list(table.split([len(rows) for rows in prepared.rows]))
+
+
+def _with_references(
+    schedule: Schedule[Pair], prepared: Prepared[Pair], references: list[torch.Tensor], step: int
+) -> tuple[list[Pair], torch.Tensor]:
+    items = schedule.order.of_step(step).tolist()
+    return schedule.rows_of(step), torch.stack([references[source][row] for source, row in items])
+
+
+def _prove_step_zero(
+    trainer: SpineDpoTrainer,
+    schedule: Schedule[Pair],
+    prepared: Prepared[Pair],
+    references: list[torch.Tensor],
+    make_step: Any,
+    pad: int,
+    context: Context,
+) -> dict[str, float]:
+    """Scores the first step by the very path that trains and compares it with the reference (contract 9).
+
+    Runs before any checkpoint is loaded, so a resumed run proves it again.
+
+    Raises:
+        StageError: they differ, or the loss is not its type's value at ratio 0.
+    """
+    pairs, known = _with_references(schedule, prepared, references, 0)
+    live = trainer.policy_logps(pad_pairs(pairs, pad))
+    counts = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
+    precision = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[context.precision]
+    problems = step_zero_problems(live, known, counts, precision)
+    loss = trainer.loss_before_training(make_step(0))
+    fields = context.trainer
+    expected = loss_at_zero(
+        list(trainer.loss_types),
+        list(trainer.loss_weights),
+        beta=fields["beta"],
+        label_smoothing=fields.get("label_smoothing") or 0.0,
+    )
+    worst = ((live - known).abs() / counts).max().item()
+    if expected is not None and abs(loss - expected) > (1e-4 if context.precision == "fp32" else 2e-2):
+        problems.append(f"the loss is {loss:.6f} where ratio 0 means {expected:.6f}")
+    if problems:
+        raise StageError(
+            f"stages.{context.stage}, step 0", "policy and reference differ: " + "; ".join(problems), "report this"
+        )
+    return {"largest_difference_per_token": worst, "loss": loss}

@@ -1,0 +1,91 @@
+"""Runs the spine's loop for a training stage and turns what came out into figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.pretraining.fit import Fit, fit, resume_step
+from posttrain.pretraining.loop import Loop, Step
+from posttrain.pretraining.metrics import FILE, MetricsLog
+from posttrain.pretraining.order import save_order
+from posttrain.pretraining.schedule import snapshot_steps
+from posttrain.recipe.schema import Snapshots
+from posttrain.stages.context import Context
+from posttrain.stages.prepare import Prepared, Schedule
+from posttrain.stages.setup import assert_gradients
+
+CHECKPOINTS = "checkpoints"
+SNAPSHOTS = "snapshots"
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Files that every training stage leaves besides its model."""
+
+    names = ("data_order.npz", FILE, "ledger.json")
+
+
+def run_loop(
+    trainer: Any,
+    context: Context,
+    prepared: Prepared[Any],
+    schedule: Schedule[Any],
+    make_step: Callable[[int], Step],
+    snapshots: Snapshots | None = None,
+    save_snapshot: Callable[[Path], None] | None = None,
+) -> Fit:
+    """Trains to the end of the schedule, from the last complete checkpoint if there is one.
+
+    Args:
+        make_step: step number (from 0) -> its pieces.
+        save_snapshot: writes a model-only snapshot into a folder.
+    """
+    save_order(context.folder, schedule.order, prepared.names)
+    checkpoints = context.folder / CHECKPOINTS
+    kept = snapshots or Snapshots()
+    loop = Loop(
+        steps=schedule.steps,
+        make_step=make_step,
+        checkpoints=checkpoints,
+        metrics=MetricsLog(context.folder / FILE, resume_step(checkpoints)),
+        keep_checkpoints=context.trainer.get("save_total_limit", 2),
+        events=context.events,
+        should_stop=context.should_stop,
+        snapshots=frozenset(snapshot_steps(schedule.steps, kept.every, kept.step_zero, kept.powers_of_two)),
+        save_snapshot=_snapshot_writer(context.folder / SNAPSHOTS, save_snapshot) if save_snapshot else None,
+        on_first_gradient=assert_gradients,
+    )
+    context.events("phase", text="training")
+    return fit(trainer, loop)
+
+
+def _snapshot_writer(folder: Path, save: Callable[[Path], None]) -> Callable[[int], None]:
+    """Makes snapshots atomic: written under a hidden name, then renamed."""
+    from posttrain.artifact import publish_folder
+
+    def write(step: int) -> None:
+        final, partial = folder / f"step-{step}", folder / f".step-{step}"
+        if final.exists():
+            return  # of the run before it was interrupted: the same step, the same bytes
+        partial.mkdir(parents=True, exist_ok=True)
+        save(partial)
+        publish_folder(partial, final)
+
+    return write
+
+
+def training_metrics(run: Fit, trained: int, total: int, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Figures of a training stage for its record."""
+    return {
+        "steps": run.steps,
+        "resumed_from": run.resumed_from,
+        "training_seconds": round(run.seconds, 3),
+        "first_loss": run.first_loss,
+        "last_loss": run.last_loss,
+        "trainable_parameters": trained,
+        "parameters": total,
+        **(extra or {}),
+    }

@@ -1,0 +1,140 @@
+"""`sft`: supervised fine-tuning on conversations, full or by adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from posttrain.chat.contract import verify_saved
+from posttrain.chat.render import render_conversation
+from posttrain.data.rows import ChatRow
+from posttrain.errors import ChatError
+from posttrain.models.attention import check_isolation
+from posttrain.models.lineage import lineage_of
+from posttrain.models.save import save_adapter, save_full, verify_saved_adapter, verify_saved_model
+from posttrain.pretraining.arguments import trainer_arguments
+from posttrain.pretraining.rows import IGNORE, Row, make_row
+from posttrain.recipe.schema import Sft
+from posttrain.stages.context import Context, Summary
+from posttrain.stages.conversation import Chat, open_chat, save_chat, settle
+from posttrain.stages.outputs import model_files, write_ledger
+from posttrain.stages.prepare import Prepared, Refused, Tokenised, prepare, schedule_rows, schedule_wrapped
+from posttrain.stages.run_loop import run_loop, training_metrics
+from posttrain.stages.setup import Machine, assert_trainable, model_folder, set_up
+from posttrain.stages.trainable import Policy, load_trainable, resolve_method
+from posttrain.training.limits import piece_limits
+from posttrain.training.sft import build_sft_trainer, sft_step
+
+_STOPPED = 0.99
+"""Share of trained rows whose last trained token must be the end of turn."""
+
+
+def run(config: Sft, context: Context) -> Summary:
+    """Trains on assistant turns and their end-of-turn token, and proves the saved folder."""
+    machine = set_up(context)
+    given = context.inputs["model"]
+    parents = lineage_of(model_folder(given), given.ref)
+    method = resolve_method(config.method, parents, context.stage)
+    chat = open_chat(parents, config.chat_template, context)
+    limit, cut = config.data.max_length, config.data.long_rows == "truncate"
+    prepared = prepare(config.data, context, "chat", lambda rows: tokenise(rows, chat, limit, cut))
+    share = _check_stops(prepared, chat, context.stage)
+    if config.data.packing == "wrap":
+        schedule = schedule_wrapped(prepared, context.trainer, context.seed, limit)
+    else:
+        schedule = schedule_rows(prepared, context.trainer, context.seed)
+    write_ledger(context.folder, prepared.ledger)
+    context.events("phase", text="loading the model")
+    policy = load_trainable(parents, method, machine, context, chat.control_ids)
+    settle(chat, policy.model, context)
+    trained, total = assert_trainable(policy.model, context.stage)
+    check_isolation(policy.model, len(chat.tokenizer))
+    trainer = build_sft_trainer(policy.model, chat.tokenizer, _arguments(context, machine, schedule.steps))
+    limits = piece_limits(machine.device, context.runtime.micro_batch_tokens, context.runtime.micro_batch_size)
+    pad = chat.tokenizer.pad_token_id
+    result = run_loop(
+        trainer,
+        context,
+        prepared,
+        schedule,
+        lambda step: sft_step(schedule.rows_of(step), pad, limits.row_tokens, limits.tokens, limits.documents),
+        config.snapshots,
+        lambda folder: save_policy(policy, chat, machine, folder),
+    )
+    context.events("phase", text="saving")
+    save_policy(policy, chat, machine, context.folder)
+    prove_saved(policy, chat, context.folder)
+    return Summary(
+        headline=f"{policy.kind}: {result.steps} steps, loss {result.first_loss:.3f} -> {result.last_loss:.3f}",
+        files=model_files(context.folder),
+        metrics=training_metrics(result, trained, total, {"rows_that_stop": share, "token_rows": policy.token_rows}),
+        lineage=policy.lineage_after(context),
+        ledger=prepared.ledger.as_dict(),
+    )
+
+
+def _arguments(context: Context, machine: Machine, steps: int) -> dict[str, Any]:
+    return trainer_arguments(
+        context.trainer,
+        folder=context.folder,
+        steps=steps,
+        seed=context.seed,
+        precision=context.precision,
+        device=machine.device,
+        report_to=context.runtime.report_to,
+    )
+
+
+def tokenise(rows: list[ChatRow], chat: Chat, limit: int, cut: bool) -> Iterator[Tokenised[Row] | Refused]:
+    """Renders conversations; what is longer than `limit` is cut at its end, or refused.
+
+    Raises:
+        ChatError: naming file and row of a conversation that the template cannot take.
+    """
+    for row in rows:
+        try:
+            rendered = render_conversation(chat.tokenizer, chat.template, row.messages, row.tools)
+        except ChatError as error:
+            raise ChatError(str(row.origin), f"{error.where}: {error.found}", error.todo) from None
+        length = len(rendered.input_ids)
+        if length > limit and not cut:
+            yield Refused("longer than max_length", length)
+            continue
+        made = make_row(rendered.input_ids[:limit], rendered.labels[:limit])
+        if not made.supervised:
+            yield Refused("no trained token within max_length", length)
+            continue
+        yield Tokenised(made, made.supervised, len(made) - made.supervised, length - len(made))
+
+
+def _check_stops(prepared: Prepared[Row], chat: Chat, stage: str) -> float:
+    """Returns the share of rows that end in the end-of-turn token; a model that never sees it never stops.
+
+    Raises:
+        ChatError: less than 99 % of the rows that were not cut do.
+    """
+    last = [int(row.labels[row.labels != IGNORE][-1]) for rows in prepared.rows for row in rows]
+    share = sum(token == chat.end.id for token in last) / len(last)
+    if share < _STOPPED and not prepared.ledger.as_dict()["total"]["tokens"]["truncated"]:
+        found = f"only {share:.1%} of the rows end in {chat.end.text!r}"
+        raise ChatError(f"stages.{stage}.data", found, "end conversations with an assistant turn")
+    return round(share, 6)
+
+
+def save_policy(policy: Policy, chat: Chat, machine: Machine, folder: Path) -> None:
+    """Saves what was trained (whole model or adapter) with its tokenizer, template and generation config."""
+    if policy.is_adapter:
+        save_adapter(policy.model, folder)  # type: ignore[arg-type]
+    else:
+        save_full(policy.model, folder, machine.dtype)  # type: ignore[arg-type]
+    save_chat(chat, policy.model, folder)
+
+
+def prove_saved(policy: Policy, chat: Chat, folder: Path) -> None:
+    """Reads the saved folder back: weights whole and finite, chat contract kept."""
+    if policy.is_adapter:
+        verify_saved_adapter(folder)
+    else:
+        verify_saved_model(policy.model, folder)  # type: ignore[arg-type]
+    verify_saved(folder, chat.template.digest, {chat.end.id})

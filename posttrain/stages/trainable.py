@@ -1,0 +1,171 @@
+"""The model of a training stage: what is loaded, what is frozen, what is trained, and what it stands on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, set_seed
+
+from posttrain.artifact import Artifact
+from posttrain.errors import RecipeError
+from posttrain.models.lineage import Lineage, Link, Quantization
+from posttrain.models.load import (
+    DTYPE_NAMES,
+    Adapter,
+    add_adapter,
+    continue_adapter,
+    load_base,
+    load_policy,
+    untrained_rows,
+)
+from posttrain.recipe.schema import LoraSettings, Method, QloraSettings
+from posttrain.stages.context import Context
+from posttrain.stages.setup import Machine
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model of a training stage, ready to train."""
+
+    model: PreTrainedModel | PeftModel
+    kind: str
+    """`full`, `lora`, `qlora`, `dora` or `continue`."""
+    parents: Lineage
+    """What it stands on, the adapter in training left out."""
+    quantization: Quantization | None
+    token_rows: list[int]
+    """Vocabulary ids whose embedding rows are trained beside an adapter."""
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the stage leaves an adapter and not a whole model."""
+        return self.kind != "full"
+
+    def lineage_after(self, context: Context) -> dict[str, Any]:
+        """The lineage of what the stage leaves, for its record."""
+        own = Link(context.run_dir / context.stage, f"@{context.stage}", context.fingerprint)
+        if not self.is_adapter:
+            return Lineage(own).as_dict(context.run_dir)
+        return self.parents.grown(own, self.quantization).as_dict(context.run_dir)
+
+
+def resolve_method(method: Method | None, parents: Lineage, stage: str) -> Method:
+    """Fills in the method of a `dpo` stage that names none: full on a full model, the parent's shape on an adapter.
+
+    Raises:
+        RecipeError: the method does not fit the parent.
+    """
+    where = f"stages.{stage}.method"
+    if method is None:
+        return _parents_method(parents) if parents.adapters else Method.model_validate("full")
+    if method.kind == "full" and parents.adapters:
+        raise RecipeError(where, "full on top of an adapter", "merge the adapter first and train the merged model")
+    if method.kind == "continue" and not parents.adapters:
+        raise RecipeError(where, "continue, but the model is not an adapter", "use lora, qlora, dora or full")
+    if parents.quantization and method.kind in ("lora", "dora"):
+        raise RecipeError(where, f"{method.kind} above an adapter trained on a 4-bit base", "use qlora, or merge first")
+    if parents.adapters and method.kind == "qlora" and not parents.quantization:
+        raise RecipeError(where, "qlora above an adapter trained on an unquantised base", "use lora, or merge first")
+    return method
+
+
+def _parents_method(parents: Lineage) -> Method:
+    """The shape of the newest parent adapter; its token rows stay with it."""
+    config = json.loads((parents.adapters[-1].folder / "adapter_config.json").read_text(encoding="utf-8"))
+    target = config["target_modules"]
+    settings: dict[str, Any] = {
+        "r": config["r"],
+        "lora_alpha": config["lora_alpha"],
+        "lora_dropout": config["lora_dropout"],
+        "target_modules": sorted(target) if isinstance(target, list) else target,
+        "use_rslora": config["use_rslora"],
+        "rank_pattern": config["rank_pattern"],
+        "alpha_pattern": config["alpha_pattern"],
+        "trainable_tokens": "none",
+    }
+    if parents.quantization:
+        quantization = parents.quantization
+        settings |= {
+            "bnb_4bit_quant_type": quantization.quant_type,
+            "bnb_4bit_use_double_quant": quantization.double_quant,
+        }
+        return Method.model_validate({"qlora": settings})
+    return Method.model_validate({"dora" if config.get("use_dora") else "lora": settings})
+
+
+def load_trainable(
+    parents: Lineage, method: Method, machine: Machine, context: Context, control_ids: list[int]
+) -> Policy:
+    """Loads a stage's model with exactly what the method trains set trainable.
+
+    Args:
+        control_ids: ids of the control tokens that the template writes; those whose embedding row was never
+            trained are trained beside the adapter (`trainable_tokens: auto`).
+    """
+    set_seed(context.seed)
+    dtype, device, attention = machine.dtype, machine.device, machine.attn_implementation
+    if method.kind == "full":
+        model: Any = load_base(parents.base.folder, torch.float32, device, attention)
+        return Policy(model.requires_grad_(True), "full", parents, None, [])
+    if method.kind == "continue":
+        lower = Lineage(parents.base, parents.adapters[:-1], parents.quantization)
+        return Policy(continue_adapter(parents, dtype, device, attention), "continue", lower, parents.quantization, [])
+    settings = method.adapter
+    assert settings is not None  # the three kinds left all have one
+    quantization = _quantization(settings, parents, context)
+    stack = Lineage(parents.base, parents.adapters, quantization)
+    model = load_policy(stack, dtype, device, attention)
+    rows = _token_rows(settings, model, parents, control_ids)
+    adapter = Adapter(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.target_modules,
+        use_rslora=settings.use_rslora,
+        use_dora=method.kind == "dora",
+        rank_pattern=settings.rank_pattern,
+        alpha_pattern=settings.alpha_pattern,
+        modules_to_save=settings.modules_to_save,
+    )
+    if isinstance(model, PreTrainedModel):
+        model.requires_grad_(False)
+    return Policy(add_adapter(model, adapter, rows), method.kind, parents, quantization, rows)
+
+
+def _quantization(settings: LoraSettings, parents: Lineage, context: Context) -> Quantization | None:
+    if not isinstance(settings, QloraSettings):
+        return None
+    wanted = Quantization(
+        settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant, DTYPE_NAMES[context.precision]
+    )
+    if parents.quantization and parents.quantization != wanted:
+        raise RecipeError(
+            f"stages.{context.stage}.method.qlora",
+            f"quantises the base as {wanted}, its parent adapter was trained on {parents.quantization}",
+            "use the parent's settings and precision, or merge first",
+        )
+    return wanted
+
+
+def _token_rows(settings: LoraSettings, model: Any, parents: Lineage, control_ids: list[int]) -> list[int]:
+    """Ids to train: named ones; or, by `auto`, control tokens that neither pretraining nor a parent has trained."""
+    if settings.trainable_tokens == "none" or parents.adapters:
+        return []
+    if settings.trainable_tokens == "auto":
+        known = _never_trained(parents.base.folder)
+        suspects = untrained_rows(model, control_ids) if known is None else [i for i in control_ids if i in known]
+        return sorted(suspects)
+    return sorted(control_ids)
+
+
+def _never_trained(base: Path) -> set[int] | None:
+    """Ids that a base of ours never saw in training, from its record; None for other houses' checkpoints."""
+    artifact = Artifact.read(base)
+    if artifact is None or "untrained_token_ids" not in artifact.record.summary["metrics"]:
+        return None
+    return set(artifact.record.summary["metrics"]["untrained_token_ids"])

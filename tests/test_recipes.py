@@ -1,0 +1,124 @@
+"""Every YAML directly in recipes/ is read, checked and planned, without a network and without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from posttrain.chat.templates import load_template
+from posttrain.models.hub import HubId, parse_reference
+from posttrain.pipeline import inputs
+from posttrain.pipeline.plan import Plan, plan
+from posttrain.recipe.bundled import find_bundled, list_bundled
+from posttrain.recipe.load import LoadedRecipe, load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = list_bundled("recipes")
+COMMIT = "c" * 40
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture
+def planned(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """The plan of a fresh run of the recipe of that name; the hub answers every question with one commit."""
+    monkeypatch.setattr(inputs, "resolve", lambda hub, kind="model": COMMIT)
+    return plan(load_recipe(request.param, [], {}), tmp_path / "runs" / request.param)
+
+
+def stage_of(recipe: LoadedRecipe, name: str):
+    return recipe.recipe.stages[name]
+
+
+def test_all_recipes_are_bundled() -> None:
+    assert {path.stem for path in (ROOT / "recipes").glob("*.yaml")} == set(NAMES)
+    assert {"quickstart", "zephyr-7b-qlora", "zephyr-7b-full", "smollm2-1.7b-qlora-16gb"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("planned", NAMES, indirect=True)
+def test_a_fresh_run_does_every_stage(planned: Plan) -> None:
+    assert {stage.action for stage in planned.stages} == {"run"}
+    assert len({stage.fingerprint for stage in planned.stages}) == len(planned.stages)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_goes_the_whole_way(name: str) -> None:
+    recipe = load_recipe(name, [], {}).recipe
+    assert recipe.name == name, "the run folder is named after the recipe"
+    assert recipe.description
+    kinds = [stage.kind for stage in recipe.stages.values()]
+    assert {"sft", "dpo", "evaluate", "publish"} <= set(kinds)
+    report = next(stage for stage in recipe.stages.values() if stage.kind == "evaluate")
+    assert list(report.models) == ["base", "instruct", "aligned"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_templates_are_bundled(name: str) -> None:
+    for stage in load_recipe(name, [], {}).recipe.stages.values():
+        if stage.kind in ("sft", "dpo", "evaluate") and stage.chat_template:
+            load_template(stage.chat_template, ROOT / "recipes")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_and_report_share_no_split(name: str) -> None:
+    """What is evaluated was not trained on: no hub split (or local side) stands on both sides."""
+    trained, asked = set(), set()
+    for stage in load_recipe(name, [], {}).recipe.stages.values():
+        if stage.kind in ("pretrain", "sft", "dpo"):
+            trained |= {source_key(source) for source in stage.data.sources}
+        elif stage.kind == "evaluate":
+            asked |= {source_key(source) for suite in stage.suites for source in suite.data}
+    assert not trained & asked
+
+
+def source_key(source) -> tuple[str, str | None, str | None]:
+    return source.path, source.split, source.select.side if source.select else None
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "quickstart"])
+def test_the_header_says_what_it_takes(name: str) -> None:
+    head = find_bundled("recipes", name).read_text(encoding="utf-8").split("\nname:")[0]
+    for word in (f"posttrain run {name}", "estimates", "Licences:", "Values:"):
+        assert word in head
+
+
+def test_zephyr_qlora_has_the_values_of_its_source() -> None:
+    recipe = load_recipe("zephyr-7b-qlora", [], {})
+    sft, dpo = stage_of(recipe, "sft"), stage_of(recipe, "dpo")
+    assert parse_reference(sft.model) == HubId("mistralai/Mistral-7B-v0.1")
+    assert (sft.data.max_length, dpo.data.max_length) == (2048, 1024)
+    for stage, r, rate, batch in ((sft, 16, 2e-4, 64), (dpo, 128, 5e-6, 128)):
+        adapter = stage.method.qlora
+        assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout) == (r, r, 0.05)
+        assert adapter.target_modules == TARGETS
+        assert stage.trainer["learning_rate"] == rate
+        assert stage.trainer["global_batch_size"] == batch
+        assert (stage.trainer["warmup_steps"], stage.trainer["num_train_epochs"]) == (0.1, 1)
+    assert dpo.trainer["beta"] == 0.01
+
+
+def test_zephyr_full_has_the_values_of_its_source() -> None:
+    recipe = load_recipe("zephyr-7b-full", [], {})
+    sft, dpo = stage_of(recipe, "sft"), stage_of(recipe, "dpo")
+    assert (recipe.recipe.runtime.num_processes, recipe.recipe.runtime.accelerate_config) == (8, "fsdp2")
+    assert (sft.trainer["learning_rate"], dpo.trainer["learning_rate"]) == (2e-5, 5e-7)
+    assert (sft.trainer["global_batch_size"], dpo.trainer["global_batch_size"]) == (128, 128)
+    assert sft.method.kind == "full"
+
+
+@pytest.mark.parametrize("name", list_bundled("recipes/accelerate"))
+def test_launch_configs_have_only_keys_that_accelerate_knows(name: str) -> None:
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    path = find_bundled("recipes/accelerate", name)
+    config = ClusterConfig.from_yaml_file(yaml_file=str(path))
+    settings = yaml.safe_load(path.read_text(encoding="utf-8")).get("fsdp_config", {})
+    assert config.mixed_precision == "bf16"
+    assert all(key.startswith("fsdp_") for key in settings)
+
+
+@pytest.mark.parametrize("name", ["zephyr-7b-full"])
+def test_accelerate_configs_of_recipes_exist(name: str) -> None:
+    config = load_recipe(name, [], {}).recipe.runtime.accelerate_config
+    assert find_bundled("recipes/accelerate", config).is_file()
