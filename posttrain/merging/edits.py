@@ -86,7 +86,11 @@ def _rows(edit: Rows) -> Step:
 
 
 def _low_rank(edit: LowRank, output: Output, source: Reader, block: int) -> Step:
-    """LoRA (arXiv 2106.09685) and DoRA (arXiv 2402.09353), in the order of operations of peft's own merge."""
+    """LoRA (arXiv 2106.09685) and DoRA (arXiv 2402.09353), in the order of operations of peft's own merge.
+
+    DoRA above other adapters, as in peft's forward: the norm is that of the base plus its own delta, the
+    factor applies to all rows so far.
+    """
     a, b = read_tensor(edit.a).float(), read_tensor(edit.b).float()
 
     def delta(start: int, stop: int) -> torch.Tensor:
@@ -100,14 +104,13 @@ def _low_rank(edit: LowRank, output: Output, source: Reader, block: int) -> Step
     columns = _column_norms(output, source, delta, block) if edit.transposed else None
 
     def dora(values: torch.Tensor, rows: torch.Tensor, start: int) -> torch.Tensor:
-        moved = values + delta(start, start + len(values))
+        change = delta(start, start + len(rows))
         if columns is not None:
-            moved *= (magnitude / columns).view(1, -1)
+            factor = (magnitude / columns).view(1, -1)
         else:
-            factor = magnitude[start : start + len(values)] / torch.linalg.vector_norm(moved, dim=1)
-            moved *= factor.view(-1, 1)
-        first = torch.equal(rows, values)
-        return moved if first else rows.add_(moved - values)
+            norms = torch.linalg.vector_norm(values + change, dim=1)
+            factor = (magnitude[start : start + len(rows)] / norms).view(-1, 1)
+        return rows.add_(change).mul_(factor)
 
     return dora
 

@@ -57,9 +57,8 @@ class _Tie:
 def plan_merge(base: Checkpoint, adapters: list[Adapter]) -> Plan:
     """Adds up a chain of adapters that were active together on one base.
 
-    Each delta counts from the base (DoRA's norm too, as in peft's forward with several active
-    adapters); a replaced tensor or row takes the value of the last adapter that has it. What hits only
-    one side of a tied embedding unties it.
+    As peft's forward with all of them active; a replaced tensor or row takes the value of the last
+    adapter that has it. What hits only one side of a tied embedding unties it.
 
     Raises:
         CheckpointError: a quantised base, or an adapter that does not fit this base, naming its key.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -93,7 +93,7 @@ class Plan:
 def plan(
     loaded: LoadedRecipe,
     run_dir: Path,
-    redo: Iterable[str] = (),
+    redo: Sequence[str] = (),
     until: str | None = None,
     verify: bool = False,
     other_versions: bool = False,
@@ -124,7 +124,10 @@ def plan(
     last = order.index(until) + 1 if until else len(order)
     decided: list[StagePlan] = []
     for job in jobs[:last]:
-        decided.append(_decide(job, run_dir, job.stage in again, verify, other_versions))
+        if job.stage in again:
+            decided.append(_again(job, run_dir, redo))
+        else:
+            decided.append(_decide(job, run_dir, verify, other_versions))
     later = [folder for job in jobs[last:] if job.stage in again for folder in _present(run_dir, job.stage)]
     return Plan(run_dir, _trace(decided), tuple(later), cache, inputs.pins)
 
@@ -207,12 +210,16 @@ def _present(run_dir: Path, stage: str) -> tuple[Path, ...]:
     return tuple(folder for folder in (run_dir / stage, partial_of(run_dir, stage)) if folder.exists())
 
 
-def _decide(job: Job, run_dir: Path, again: bool, verify: bool, other_versions: bool) -> StagePlan:
+def _again(job: Job, run_dir: Path, redo: Sequence[str]) -> StagePlan:
+    """Plans a stage that was asked for again, or that reads one."""
+    present = _present(run_dir, job.stage)
+    reason = "asked to run again" if job.stage in redo else f"reads {', '.join(sorted(reads(job)))}"
+    return StagePlan(job, "redo" if present else "run", reason, aside=present)
+
+
+def _decide(job: Job, run_dir: Path, verify: bool, other_versions: bool) -> StagePlan:
     """Decides one stage by what lies in the run folder."""
     final, partial = run_dir / job.stage, partial_of(run_dir, job.stage)
-    if again:
-        present = _present(run_dir, job.stage)
-        return StagePlan(job, "redo" if present else "run", "asked to run again" if present else "", aside=present)
     if final.exists():
         return _decide_final(job, final, verify)
     if partial.exists():

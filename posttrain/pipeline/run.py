@@ -79,8 +79,8 @@ class _Run:
         """Does what the plan says, in order."""
         run_dir = self.plan.run_dir
         self.console.begin([stage.stage for stage in self.plan.stages])
-        self._move_aside([folder for stage in self.plan.stages for folder in stage.aside])
-        self._move_aside(self.plan.aside)
+        aside = [folder for stage in self.plan.stages for folder in stage.aside]
+        self._move_aside(reversed([*aside, *self.plan.aside]))  # readers first: a kill leaves none beside a new output
         write_atomically(run_dir / "recipe.yaml", _copy(self.loaded))
         self.plan.pins.save()
         for stage in self.plan.stages:

@@ -87,9 +87,9 @@ def _problem(path: KeyPath, items: list[dict[str, Any]], shown: Any) -> Problem:
         names = ", ".join(f"`{item['loc'][-1]}`" for item in items if item["type"] == "missing")
         return Problem(path, f"{names} is missing", "add it")
     if kind == "union_tag_not_found":
-        return Problem(path, "`kind` is missing", f"add kind: one of {_tags(context)}")
+        return Problem(path, "`kind` is missing", f"add kind: {', '.join(_kinds())}")
     if kind == "union_tag_invalid":
-        return Problem((*path, "kind"), f"unknown kind {context['tag']!r}", nearest(context["tag"], _tag_list(context)))
+        return Problem((*path, "kind"), f"unknown kind {context['tag']!r}", nearest(str(context["tag"]), _kinds()))
     if kind == "literal_error" and len(items) == 1:
         return _not_allowed(path, value, str(context["expected"]))
     if kind in _RANGE:
@@ -132,12 +132,10 @@ def _not_allowed(path: KeyPath, value: Any, expected: str) -> Problem:
     return Problem(path, f"{value!r} is not allowed", nearest(value, allowed))
 
 
-def _tag_list(context: Mapping[str, Any]) -> list[str]:
-    return [tag.strip("'") for tag in context["expected_tags"].split(", ")]
-
-
-def _tags(context: Mapping[str, Any]) -> str:
-    return ", ".join(_tag_list(context))
+def _kinds() -> list[str]:
+    """Every stage kind, from the schema."""
+    stages = models_at(("stages", ""), {"stages": {"": None}})
+    return [get_args(stage.model_fields["kind"].annotation)[0] for stage in stages]
 
 
 def _unknown_key(path: KeyPath, value: Any, shown: Any) -> Problem:

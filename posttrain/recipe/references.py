@@ -67,7 +67,8 @@ def check_references(stages: Stages, kinds: Mapping[str, str]) -> Iterator[Probl
                     yield Problem(path, f"stages refer to each other in a circle: {way}", "break it at one of them")
                 continue
             yield from _check_reference(path, text, kinds, wants_report=place == ("report",))
-        yield from _check_adapters(name, stage, stages)
+        if name not in circles:
+            yield from _check_adapters(name, stage, stages)
 
 
 def _check_reference(path: KeyPath, text: str, kinds: Mapping[str, str], *, wants_report: bool) -> Iterator[Problem]:
@@ -110,24 +111,25 @@ def _way_back(start: str, stages: Stages) -> list[str]:
     return []
 
 
-def leaves_adapter(name: str, stages: Stages) -> bool | None:
-    """Whether a stage leaves an adapter; None where that cannot be known before its parent is seen."""
-    return bool(lineage) if (lineage := adapter_methods(name, stages)) is not None else None
-
-
 def adapter_methods(name: str, stages: Stages, seen: frozenset[str] = frozenset()) -> list[str] | None:
-    """Methods (`lora`, `qlora`, `dora`) of the adapters that a stage's model stands on; None = not known."""
+    """Methods (`lora`, `qlora`, `dora`) of the adapters that a stage's model stands on, the first one first.
+
+    Empty for a full model; None where the recipe does not tell: the model comes from elsewhere, or the
+    stage is itself at fault.
+    """
     stage = stages.get(name)
     if isinstance(stage, (Pretrain, Merge)):
         return []
     if not isinstance(stage, (Sft, Dpo)) or name in seen:
         return None
-    method = stage.method.kind if stage.method else "inherit"
-    if method == "full":
-        return []
     above = adapter_methods(stage.model[1:], stages, seen | {name}) if stage.model.startswith("@") else None
-    if method in ("continue", "inherit"):
+    method = stage.method.kind if stage.method else "inherit"
+    if method == "inherit":
         return above
+    if method == "full":
+        return None if above else []
+    if method == "continue":
+        return above if above and isinstance(stage, Dpo) else None
     return [*(above or []), method]
 
 

@@ -168,7 +168,8 @@ class Method(Model):
 
     @model_serializer(mode="wrap")
     def _only_given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Json]:
-        return {name: value for name, value in dump(self).items() if value is not None}  # as null, it would mean "given"
+        # A null would mean "given, with its defaults" to whoever reads the dump.
+        return {name: value for name, value in dump(self).items() if value is not None}
 
     def given(self) -> list[str]:
         """Names of the methods that are set, as the recipe spells them."""

@@ -31,6 +31,7 @@ _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INFINITE = re.compile(r"([-+]?)\.(inf|Inf|INF)")
 _NAN = {".nan", ".NaN", ".NAN"}
+_BREAK = re.compile("[\x85\u2028\u2029\ufeff]")  # PyYAML writes them as they are, and reads them as line breaks
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -124,7 +125,8 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
         plain = isinstance(resolve(text), str)
     except ValueError:
         plain = False
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else "'")
+    plain = plain and not _BREAK.search(text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
 
 
 _Dumper.add_representer(str, _represent_text)
@@ -176,8 +178,8 @@ class _Reader:
         return value
 
     def scalar(self, event: Any) -> Any:
-        """A quoted or tagged scalar is text; a plain one is what the core schema says."""
-        if not event.implicit[0]:
+        """A quoted scalar is text; a plain one (its tag refused) is what the core schema says."""
+        if event.style:  # quotes, or a block
             return event.value
         try:
             return resolve(event.value)
@@ -216,7 +218,7 @@ class _Reader:
         if not isinstance(key, str):
             shown = "a list or mapping" if isinstance(key, (dict, list)) else f"`{event.value}`, which is not text"
             self.note(event, f"a key is {shown}", "keys are names: put it in quotes if it is one")
-        elif key == "<<":
+        elif key == "<<" and not event.style:
             self.note(event, "merge key `<<` (YAML 1.1)", "repeat the keys, or use an alias for a whole value")
         elif key in first:
             line = event.start_mark.line + 1
@@ -264,14 +266,16 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, name: str) -> RecipeEr
     found = error.problem or error.context or "not YAML"
     if error.context and error.context_mark and error.context_mark.line + 1 != line:
         found += f" ({error.context} that starts on line {error.context_mark.line + 1})"
-    return RecipeError(f"{name}:{line}:{column}", found, _syntax_remedy(found, row, row[column - 1 : column]))
+    character = row[column - 1 : column]
+    found = "a tab in the indentation" if character == "\t" else found
+    return RecipeError(f"{name}:{line}:{column}", found, _syntax_remedy(found, row, character))
 
 
 def _syntax_remedy(found: str, row: str, character: str) -> str:
+    if character == "\t":
+        return "indent with spaces, not tabs"
     if "cannot start any token" in found:
-        return (
-            "indent with spaces, not tabs" if character == "\t" else f"put text that starts with {character} in quotes"
-        )
+        return f"put text that starts with {character} in quotes"
     if "${" in row:
         return 'put text with ${NAME} in quotes: "${NAME}"'
     if "mapping values are not allowed" in found:

@@ -18,32 +18,41 @@ if TYPE_CHECKING:
     from posttrain.console import Console
     from posttrain.recipe.load import LoadedRecipe
 
-MARK = ".rehearsal"
-"""Hidden file in a rehearsal's folder: it may be replaced by the next one."""
+MARK, RUNS = ".rehearsal", "runs"
+"""Hidden file in a rehearsal's folder: the next one may replace it; and where its run goes."""
 
 
 def rehearse(loaded: LoadedRecipe, out_dir: Path, console: Console) -> Path:
     """Runs a rehearsal of a recipe below `out_dir` and returns its run folder.
 
-    `out_dir` receives `recipe.yaml` (the rehearsal, a recipe like any other), `twins/`, `data/` and the run.
-
     Raises:
-        UserError: `out_dir` holds something else, or a model of the recipe cannot have a twin.
+        UserError: as `prepare`.
         StageError: a stage failed; what it says holds for the recipe too.
     """
     from posttrain.pipeline.run import Request, run_recipe
 
+    rehearsal, notes = prepare(loaded, out_dir)
+    for note in notes:
+        console.note(f"substituted: {note}")
+    run_recipe(rehearsal, rehearsal.folder / RUNS, Request(), console)
+    console.note("all stages fit together; whether they fit into memory, and what they teach, this does not show")
+    return rehearsal.folder / RUNS / rehearsal.recipe.name
+
+
+def prepare(loaded: LoadedRecipe, out_dir: Path) -> tuple[LoadedRecipe, list[str]]:
+    """Writes `recipe.yaml`, `twins/` and `data/` of a rehearsal; returns it, loaded, and what was substituted.
+
+    The rehearsal is a recipe like any other: `posttrain run OUT_DIR/recipe.yaml` runs it again.
+
+    Raises:
+        UserError: `out_dir` holds something else, or a model of the recipe cannot have a twin.
+    """
     out_dir = out_dir.resolve()
     _empty(out_dir)
     text, notes = rehearsal_of(loaded, out_dir)
-    for note in notes:
-        console.note(f"substituted: {note}")
     path = out_dir / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
-    rehearsal = load_recipe(path)
-    run_recipe(rehearsal, out_dir / "runs", Request(), console)
-    console.note("the rehearsal went through; it proves that the stages fit together, not that they fit into memory")
-    return out_dir / "runs" / rehearsal.recipe.name
+    return load_recipe(path), notes
 
 
 def _empty(folder: Path) -> None:

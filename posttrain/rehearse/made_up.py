@@ -7,7 +7,7 @@ for data that is not on this machine; nobody should learn anything from them.
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,7 @@ def _transcript(one: Sum, answer: str) -> str:
     return f"\n\nHuman: {one.question}\n\nAssistant: {answer}"
 
 
-_SHAPES = {
+_SHAPES: dict[str, Callable[[Sum], dict[str, Any]]] = {
     "text": lambda one: {"text": f"{one.question} {one.answer}"},
     "messages": lambda one: {"messages": [_user(one.question), _assistant(one.answer)]},
     "prompt_completion": lambda one: {"prompt": one.question, "completion": one.answer},

@@ -164,7 +164,8 @@ class _Substitution:
 def _hide(recipe: dict[str, Any], given: dict[str, Any], secrets: dict[KeyPath, tuple[str, str]]) -> None:
     """Puts `${NAME}` back where a secret of the environment stands unchanged."""
     for path, (text, _) in secrets.items():
-        node, before = recipe, given
+        node: Any = recipe
+        before: Any = given
         try:
             for part in path[:-1]:
                 node, before = node[part], before[part]

@@ -134,7 +134,7 @@ def _duration(record: Record) -> str:
 def _training(record: Record) -> list[str]:
     lines = _data_table(record)
     if record.ledger is not None:
-        lines += ["", "Token ledger:", "", "```json", _json(record.ledger), "```"]
+        lines += ["", "Token ledger:", "", "```json", _json(record.ledger, indent=2), "```"]
     settings: Mapping[str, Any] = record.identity.get("trainer") or {}
     shown = {name: settings[name] for name in SHOWN_SETTINGS if settings.get(name) is not None}
     if shown:

@@ -14,11 +14,12 @@ from posttrain.data.rows import PairRow
 from posttrain.errors import ChatError, Interrupted, StageError
 from posttrain.models.attention import check_isolation
 from posttrain.models.lineage import lineage_of
+from posttrain.models.load import DTYPE_NAMES
 from posttrain.pretraining.arguments import trainer_arguments
 from posttrain.recipe.schema import Dpo
 from posttrain.stages.context import Context, Summary
 from posttrain.stages.conversation import Chat, open_chat, settle
-from posttrain.stages.outputs import model_files, write_ledger
+from posttrain.stages.outputs import model_files, write_ledger, write_probe_rows
 from posttrain.stages.prepare import Prepared, Refused, Schedule, Tokenised, prepare, schedule_rows
 from posttrain.stages.run_loop import run_loop, training_metrics
 from posttrain.stages.setup import Machine, assert_trainable, model_folder, set_up
@@ -70,6 +71,7 @@ def run(config: Dpo, context: Context) -> Summary:
     context.events("phase", text="saving")
     save_policy(policy, chat, machine, context.folder)
     prove_saved(policy, chat, context.folder)
+    write_probe_rows(context.folder, [[*pair.prompt, *pair.chosen] for rows in prepared.rows for pair in rows])
     return Summary(
         headline=f"{policy.kind}: {result.steps} steps, loss {result.first_loss:.3f} -> {result.last_loss:.3f}",
         files=model_files(context.folder),
@@ -175,8 +177,8 @@ def _prove_step_zero(
     pairs, known = _with_references(schedule, prepared, references, 0)
     live = trainer.policy_logps(pad_pairs(pairs, pad))
     counts = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
-    precision = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[context.precision]
-    problems = step_zero_problems(live, known, counts, precision)
+    policy, reference, tokens = (table.flatten().tolist() for table in (live, known, counts))
+    problems = step_zero_problems(policy, reference, tokens, DTYPE_NAMES[context.precision])[:3]
     loss = trainer.loss_before_training(make_step(0))
     fields = context.trainer
     expected = loss_at_zero(
@@ -184,6 +186,8 @@ def _prove_step_zero(
         list(trainer.loss_weights),
         beta=fields["beta"],
         label_smoothing=fields.get("label_smoothing") or 0.0,
+        use_weighting=bool(fields.get("use_weighting")),
+        aux_loss=trainer.aux_loss_enabled,
     )
     worst = ((live - known).abs() / counts).max().item()
     if expected is not None and abs(loss - expected) > (1e-4 if context.precision == "fp32" else 2e-2):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from posttrain.artifact import publish_folder
 from posttrain.chat.tokenizer import load_tokenizer
 from posttrain.errors import RecipeError
 from posttrain.models.attention import check_isolation
@@ -91,11 +92,13 @@ def _tokenizer(config: Pretrain, context: Context) -> PreTrainedTokenizerBase:
     """The model's own, another folder's, or one trained on the stage's texts (once: a resumed run reads it back)."""
     if isinstance(config.tokenizer, TokenizerTraining):
         folder = context.folder / "tokenizer"
-        if not (folder / "tokenizer_config.json").exists():
+        if not folder.exists():
             context.events("phase", text="training the tokenizer")
             texts = prepare_texts(config, context)
             settings = config.tokenizer
-            train_tokenizer(texts, settings.vocab_size, settings.reserved_tokens, config.data.max_length, folder)
+            partial = context.folder / ".tokenizer"
+            train_tokenizer(texts, settings.vocab_size, settings.reserved_tokens, config.data.max_length, partial)
+            publish_folder(partial, folder)
         return load_tokenizer(folder)
     source = "tokenizer" if config.tokenizer is not None else "model"
     return load_tokenizer(model_folder(context.inputs[source]))

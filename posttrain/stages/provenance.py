@@ -60,7 +60,7 @@ def provenance(started: float, finished: float) -> dict[str, Any]:
 
 
 def _text(moment: float) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")
 
 
 def _gpu_name() -> str | None:

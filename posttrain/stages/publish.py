@@ -15,6 +15,7 @@ from posttrain.chat.templates import load_template
 from posttrain.chat.tokenizer import load_tokenizer
 from posttrain.chat.turns import EndOfTurn, end_of_turn
 from posttrain.errors import ChatError, CheckpointError, UserError
+from posttrain.models.files import verify_model_files
 from posttrain.recipe import schema
 from posttrain.report.card import Card, model_card
 from posttrain.report.history import history
@@ -120,6 +121,7 @@ def verify(folder: Path) -> EndOfTurn:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    verify_model_files(folder)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", use_safetensors=True, output_loading_info=True

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from posttrain.chat.contract import verify_saved
+from posttrain.chat.contract import probe_ids, verify_saved
 from posttrain.chat.render import render_conversation
 from posttrain.data.rows import ChatRow
 from posttrain.errors import ChatError
@@ -18,7 +18,7 @@ from posttrain.pretraining.rows import IGNORE, Row, make_row
 from posttrain.recipe.schema import Sft
 from posttrain.stages.context import Context, Summary
 from posttrain.stages.conversation import Chat, open_chat, save_chat, settle
-from posttrain.stages.outputs import model_files, write_ledger
+from posttrain.stages.outputs import model_files, write_ledger, write_probe_rows
 from posttrain.stages.prepare import Prepared, Refused, Tokenised, prepare, schedule_rows, schedule_wrapped
 from posttrain.stages.run_loop import run_loop, training_metrics
 from posttrain.stages.setup import Machine, assert_trainable, model_folder, set_up
@@ -65,6 +65,7 @@ def run(config: Sft, context: Context) -> Summary:
     context.events("phase", text="saving")
     save_policy(policy, chat, machine, context.folder)
     prove_saved(policy, chat, context.folder)
+    write_probe_rows(context.folder, [row.ids for rows in prepared.rows for row in rows])
     return Summary(
         headline=f"{policy.kind}: {result.steps} steps, loss {result.first_loss:.3f} -> {result.last_loss:.3f}",
         files=model_files(context.folder),
@@ -137,4 +138,4 @@ def prove_saved(policy: Policy, chat: Chat, folder: Path) -> None:
         verify_saved_adapter(folder)
     else:
         verify_saved_model(policy.model, folder)  # type: ignore[arg-type]
-    verify_saved(folder, chat.template.digest, {chat.end.id})
+    verify_saved(folder, chat.template.digest, {chat.end.id}, probe_ids(chat.tokenizer, chat.template))

@@ -14,7 +14,7 @@ from posttrain.pretraining.loop import Piece, Spine, Step
 from posttrain.pretraining.packing import cut_step
 from posttrain.training.packed_view import PackedView
 from posttrain.training.pairs import Pair, pad_pairs
-from posttrain.training.sft import placeholder_dataset, restore_dtypes, trainable_dtypes
+from posttrain.training.sft import placeholder_dataset, restore_dtypes, show_head_bias, trainable_dtypes
 
 COUPLED = frozenset({"aot", "aot_unpaired", "bco_pair", "sft"})
 """Loss types in which the pairs of a batch act on one another: a step with one of them is never cut."""
@@ -91,6 +91,7 @@ def build_dpo_trainer(
         row_tokens: capacity of a packed row.
     """
     dtypes = trainable_dtypes(model)
+    show_head_bias(model)
     args = DPOConfig(**arguments | {"disable_dropout": True, "precompute_ref_log_probs": False})
     trainer = SpineDpoTrainer(
         model=model,

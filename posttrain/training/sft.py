@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
@@ -34,6 +35,7 @@ def build_sft_trainer(
         arguments: from `posttrain.pretraining.arguments.trainer_arguments`.
     """
     dtypes = trainable_dtypes(model)
+    show_head_bias(model)
     trainer = SpineSftTrainer(
         model=model,
         args=SFTConfig(**arguments, packing=False, padding_free=False, dataset_kwargs={"skip_prepare_dataset": True}),
@@ -43,6 +45,16 @@ def build_sft_trainer(
     )
     restore_dtypes(model, dtypes)
     return trainer
+
+
+def show_head_bias(model: torch.nn.Module) -> None:
+    """Lets TRL's fused head read `lm_head.bias` through peft's wrapper of trained token rows.
+
+    The wrapper answers for `weight` (trained rows included) and for nothing else of the layer it wraps.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        object.__setattr__(head, "bias", head.original_module.bias)  # past Module: no second parameter is registered
 
 
 def placeholder_dataset() -> Dataset:

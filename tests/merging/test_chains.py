@@ -22,7 +22,7 @@ CHAINS = {
     "dora, dora": ({**LORA, "use_dora": True}, {**LORA, "use_dora": True}),
     "lora, dora": (LORA, {**LORA, "use_dora": True}),
     "rows, lora": ({**LORA, "trainable_token_indices": [3, 7]}, LORA),
-    "rows, other rows": ({**LORA, "trainable_token_indices": [3, 7]}, {**LORA, "trainable_token_indices": [1]}),
+    "dora, lora": ({**LORA, "use_dora": True}, LORA),
 }
 
 

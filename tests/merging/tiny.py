@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,18 @@ def live(base: Path, *adapters: Path, resize_to: int | None = None) -> torch.nn.
     model = load_base(base)
     if resize_to:
         model.resize_token_embeddings(resize_to, mean_resizing=False)
-    tuned = PeftModel.from_pretrained(model, adapters[0], adapter_name="0")
-    for number, adapter in enumerate(adapters[1:], 1):
-        tuned.load_adapter(adapter, adapter_name=str(number))
+    # Adapters without trained token rows first: peft 0.21 fails to load one when another with rows is there.
+    order = sorted(range(len(adapters)), key=lambda number: "trainable_token" in _targets(adapters[number]))
+    tuned = PeftModel.from_pretrained(model, adapters[order[0]], adapter_name=str(order[0]))
+    for number in order[1:]:
+        tuned.load_adapter(adapters[number], adapter_name=str(number))
     tuned.base_model.set_adapter([str(number) for number in range(len(adapters))])
     return tuned.eval()
+
+
+def _targets(adapter: Path) -> str:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    return "trainable_token" if config["trainable_token_indices"] else ""
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

@@ -1,0 +1,109 @@
+"""The card says what the records say, in valid YAML and Markdown."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from posttrain.artifact import RECORD, Artifact, Record
+from posttrain.report.card import Card, model_card
+from posttrain.report.history import history
+from tests.report.test_markdown import make_report
+
+
+def record(stage: str, kind: str, inputs: dict[str, str], **more: object) -> Record:
+    identity = {"kind": kind, "seed": 7, "precision": "bf16", **more.pop("identity", {})}  # type: ignore[dict-item]
+    provenance = {"seconds": 100.0, "versions": {"torch": "2.13.0", "trl": "not installed"}, "python": "3.11.9"}
+    return Record(stage, kind, 1, "f" * 64, identity, inputs=inputs, provenance=provenance, **more)  # type: ignore[arg-type]
+
+
+def write_run(run: Path) -> Artifact:
+    records = [
+        record(
+            "sft",
+            "sft",
+            {"model": "mistralai/Mistral-7B-v0.1@" + "a" * 40},
+            identity={
+                "model": {"hub": "mistralai/Mistral-7B-v0.1", "commit": "a" * 40},
+                "data": {
+                    "sources": [
+                        {
+                            "hub": "HuggingFaceH4/ultrachat_200k",
+                            "commit": "b" * 40,
+                            "split": "train_sft",
+                            "weight": 0.5,
+                        },
+                        {"content": "c" * 64, "rows": 1790},
+                    ]
+                },
+                "trainer": {"learning_rate": 2e-4, "beta": None, "adam_beta1": 0.9},
+            },
+            ledger={"rows_in": 10, "trained": 9, "dropped": {"empty": 1}},
+            summary={"headline": "loss 1.5"},
+        ),
+        record("unrelated", "sft", {}),
+        record("aligned", "merge", {"model": "@dpo"}, summary={"headline": "ok", "metrics": {"mean_kl": 1e-6}}),
+        record("dpo", "dpo", {"model": "@sft"}),
+    ]
+    for one in records:
+        (run / one.stage).mkdir(parents=True)
+        (run / one.stage / RECORD).write_text(json.dumps(asdict(one)), encoding="utf-8")
+    found = Artifact.read(run / "aligned")
+    assert found is not None
+    return found
+
+
+def test_history_is_the_line_of_parents_oldest_first(tmp_path: Path) -> None:
+    assert [one.stage for one in history(write_run(tmp_path))] == ["sft", "dpo", "aligned"]
+
+
+def test_history_ends_where_a_stage_is_gone(tmp_path: Path) -> None:
+    aligned = write_run(tmp_path)
+    (tmp_path / "sft" / RECORD).unlink()
+    assert [one.stage for one in history(aligned)] == ["dpo", "aligned"]
+
+
+def test_card_tells_the_whole_way(tmp_path: Path) -> None:
+    records = history(write_run(tmp_path))
+    text = model_card(
+        Card("me/zephyr", records, "mistralai/Mistral-7B-v0.1", "mit", make_report(), "<|im_end|>", "me/zephyr")
+    )
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["posttrain", "sft", "dpo"],
+        "license": "mit",
+        "base_model": "mistralai/Mistral-7B-v0.1",
+        "datasets": ["HuggingFaceH4/ultrachat_200k"],
+    }
+    assert body.lstrip().startswith("# me/zephyr\n")
+    assert "sft (sft) → dpo (dpo) → aligned (merge)" in body
+    assert "| `HuggingFaceH4/ultrachat_200k` | commit bbbbbbbbbbbb | train | × 0.5 |" in body
+    assert f"| local files | sha256 {'c' * 16} |  | 1790 rows |" in body
+    assert "| learning_rate | 0.0002 |" in body
+    assert "| beta |" not in body
+    assert '"adam_beta1": 0.9' in body
+    assert '"dropped": {\n    "empty": 1\n  }' in body
+    assert "| mean_kl | 1e-06 |" in body
+    assert "74.0 % [66.5, 80.3]" in body
+    assert "+29.0 points" in body
+    assert "- torch 2.13.0" in body
+    assert "trl" not in body.split("## Made with")[1]
+    assert "- time of all stages: 300 s" in body
+    assert "`<|im_end|>`" in body
+    assert 'from_pretrained("me/zephyr")' in body
+    assert "Only what the tables show was measured (questions)" in body
+    assert text == model_card(
+        Card("me/zephyr", records, "mistralai/Mistral-7B-v0.1", "mit", make_report(), "<|im_end|>", "me/zephyr")
+    )
+
+
+def test_card_without_records_claims_nothing() -> None:
+    text = model_card(Card("plain", []))
+    assert "Nothing was measured" in text
+    assert "No record." in text
+    assert "license" not in text.split("---\n")[1]
