@@ -122,3 +122,16 @@ def test_launch_configs_have_only_keys_that_accelerate_knows(name: str) -> None:
 def test_accelerate_configs_of_recipes_exist(name: str) -> None:
     config = load_recipe(name, [], {}).recipe.runtime.accelerate_config
     assert find_bundled("recipes/accelerate", config).is_file()
+
+
+def test_the_recipe_of_the_readme_is_valid(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = readme[readme.index("    name: my-model") :].split("\n\n", 1)[0].splitlines()
+    path = tmp_path / "my-model.yaml"
+    path.write_text("\n".join(line.removeprefix("    ") for line in lines))
+    assert list(load_recipe(path, [], {}).recipe.stages) == ["sft", "instruct", "dpo", "aligned"]
+
+
+def test_the_readme_lists_every_recipe() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in readme for name in NAMES)

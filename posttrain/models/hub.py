@@ -102,7 +102,8 @@ def resolve(hub: HubId, kind: RepoKind = "model") -> str:
     except (OfflineModeIsEnabled, HTTPError):
         commit = cached_commit(hub, kind)  # offline: what was resolved last serves
     if commit is None:
-        todo = f"download it once with a network (`hf download {hub.id}`), or pin a commit: {hub.id}@<40 hex digits>"
+        download = f"hf download {hub.id}" + (" --repo-type dataset" if kind == "dataset" else "")
+        todo = f"download it once with a network (`{download}`), or pin a commit: {hub.id}@<40 hex digits>"
         raise UserError(str(hub), "cannot be resolved to a commit: no network, and no copy in the cache", todo)
     return commit
 

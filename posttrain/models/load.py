@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from posttrain.errors import CheckpointError, StageError
@@ -105,7 +107,25 @@ def _put_frozen(model: Any, folder: Path, name: str, base: Path) -> PeftModel:
     if isinstance(model, PeftModel):
         model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
         return model
-    return PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
+    wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
+    _answer_for_own_adapters(wrapped)
+    return wrapped
+
+
+def _answer_for_own_adapters(model: PeftModel) -> None:
+    """Lets wrappers (trained token rows, saved modules) say nothing of adapters they do not hold.
+
+    peft 0.21 asks every wrapper for every adapter, on loading and on saving, and fails with a KeyError
+    where a second adapter trains no token rows.
+    """
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            for method in ("adapter_state_dict", "adapter_state_dict_load_map"):
+                object.__setattr__(module, method, _only_own(module, getattr(module, method)))
+
+
+def _only_own(module: AuxiliaryTrainingWrapper, answer: Callable[..., dict]) -> Callable[..., dict]:
+    return lambda name, *rest: answer(name, *rest) if name in module._adapters else {}
 
 
 def _activate(model: PeftModel, names: list[str], trained: str | None) -> None:

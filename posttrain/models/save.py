@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
@@ -35,30 +32,9 @@ def _state(model: PreTrainedModel):
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Saves the trained adapter alone (no parents, no base) in peft's own format."""
-    with _only_its_wrappers(model):
-        model.save_pretrained(folder, selected_adapters=[TRAINED], save_embedding_layers=False)
+    model.save_pretrained(folder, selected_adapters=[TRAINED], save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; ours comes with `publish`
     readable(folder)
-
-
-@contextmanager
-def _only_its_wrappers(model: PeftModel) -> Iterator[None]:
-    """Keeps peft from asking wrappers of parent adapters (trained token rows) for an adapter they do not hold.
-
-    peft 0.21 asks every wrapper of the model and fails with a KeyError.
-    """
-    foreign = [
-        module
-        for module in model.modules()
-        if isinstance(module, AuxiliaryTrainingWrapper) and TRAINED not in module._adapters
-    ]
-    for module in foreign:
-        object.__setattr__(module, "adapter_state_dict", lambda *_: {})
-    try:
-        yield
-    finally:
-        for module in foreign:
-            object.__delattr__(module, "adapter_state_dict")
 
 
 def readable(folder: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from posttrain.recipe.yaml12 import resolve
 
 _LONGEST = 60
+_SAME = (("gpu", "cuda"), ("bf16", "bfloat16"), ("fp16", "float16", "half"), ("fp32", "float32", "float"))
+"""Words for one thing: nearer in meaning than in spelling (`gpu` is not `cpu`)."""
 
 
 def describe(value: Any) -> str:
@@ -30,6 +32,9 @@ def describe(value: Any) -> str:
 def nearest(word: str, allowed: Sequence[str]) -> str:
     """What to write instead: the nearest allowed word where one is near, and else all of them."""
     lower = {name.lower(): name for name in allowed}
+    same = next((lower[name] for group in _SAME if word.lower() in group for name in group if name in lower), None)
+    if same:
+        return f"did you mean {same}?"
     near = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
     if near:
         return f"did you mean {lower[near[0]]}?"

@@ -28,8 +28,8 @@ _EXPECTED = {
     "bool_type": "true or false", "list_type": "a list", "dict_type": "a mapping", "model_type": "a mapping",
     "model_attributes_type": "a mapping",
 }  # fmt: skip
-_RANGE = {"greater_than_equal": "at least {ge}", "greater_than": "more than {gt}", "less_than_equal": "at most {le}",
-          "less_than": "below {lt}"}  # fmt: skip
+_RANGE = {"greater_than_equal": "at least {ge:g}", "greater_than": "more than {gt:g}", "less_than_equal": "at most {le:g}",
+          "less_than": "below {lt:g}"}  # fmt: skip
 
 
 def key_text(path: KeyPath) -> str:
@@ -122,6 +122,8 @@ def _wrong_type(path: KeyPath, value: Any, items: list[dict[str, Any]]) -> Probl
         todo = f"write [{value}]" if isinstance(value, str) else "start each entry with `- `"
     elif value is None:
         todo = "give it a value, or remove the key"
+    elif words == ["a mapping"]:
+        todo = "write it as keys with values"
     return Problem(path, f"{describe(value)}, not {' or '.join(words)}", todo)
 
 

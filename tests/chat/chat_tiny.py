@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from posttrain.chat.templates import ChatTemplate, load_template
@@ -15,13 +15,21 @@ TEXTS = [
     "assistant user system assistant user system\n\n\n\n",
 ] * 20
 SPECIAL = ["<s>", "</s>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
+WORDS = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
-def make_tokenizer(special: list[str], plain_added: tuple[str, ...] = (), **names: str) -> PreTrainedTokenizerFast:
-    """Trains a small byte-level BPE tokenizer; adds `<s>` to plain text when `bos_token` is given."""
+def make_tokenizer(
+    special: list[str], plain_added: tuple[str, ...] = (), words: str | None = WORDS, **names: str
+) -> PreTrainedTokenizerFast:
+    """Trains a small byte-level BPE tokenizer; adds `bos_token` to plain text when it is given.
+
+    Words are split as in recent families (newlines stick together), or as in GPT-2 with `words=None`.
+    """
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = [] if words is None else [pre_tokenizers.Split(Regex(words), "isolated")]
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*split, last])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=500,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -100,8 +101,7 @@ def test_every_prompt_begins_the_row_that_begins_with_it(name, known, contents):
 
 
 def test_answer_that_would_join_the_prompt_is_cut_off_and_counted():
-    merging = "A:\n\n"  # "\n\n" is one token: an answer that begins with a newline joins the header's
-    chat = [{"role": "user", "content": merging}, {"role": "assistant", "content": "\nMadrid"}]
+    chat = [{"role": "user", "content": "A:"}, {"role": "assistant", "content": "\nMadrid"}]  # "\n\n" is one token
     for name in ("chatml", "tulu", "zephyr"):
         rendered = render_conversation(TINY, bundled(name), chat)
         prompt = render_prompt(TINY, bundled(name), chat[:1])
@@ -109,10 +109,21 @@ def test_answer_that_would_join_the_prompt_is_cut_off_and_counted():
         assert rendered.input_ids[: len(prompt)] == prompt
         assert trained(TINY, rendered)[0].startswith("\nMadrid")
         assert TINY.decode(rendered.input_ids) == rendered.text
-    prompt, chosen, rejected = render_pair(TINY, bundled("plain"), [CHAT[1]], [CHAT[2]], [CHAT[4]])
-    assert prompt == render_prompt(TINY, bundled("plain"), [CHAT[1]])
+    spaced = [{"role": "user", "content": "A: "}]  # alone, the space is a token; before a word it joins the word
+    prompt, chosen, rejected = render_pair(TINY, bundled("plain"), spaced, [CHAT[2]], [CHAT[4]])
+    assert prompt == render_prompt(TINY, bundled("plain"), spaced)
     assert TINY.decode(chosen) == "Herri bat. 😀</s>"
     assert TINY.decode(rejected) == "Unha comunidade</s>"
+
+
+def test_header_that_depends_on_the_answer_is_written_as_in_the_prompt():
+    gpt2 = make_tokenizer(SPECIAL + LLAMA3, words=None, bos_token="<s>", eos_token="</s>")
+    rendered = render_conversation(gpt2, bundled("llama3"), CHAT)  # "\n\n" is one token at the end, two before a word
+    prompt = render_prompt(gpt2, bundled("llama3"), CHAT[:4])
+    assert rendered.straddled == 2
+    assert rendered.input_ids[: len(prompt)] == prompt
+    assert gpt2.decode(rendered.input_ids) == rendered.text
+    assert trained(gpt2, rendered) == ["Herri bat. 😀<|eot_id|>", "Unha comunidade<|eot_id|>"]
 
 
 def test_pair_is_prompt_and_answers_with_nothing_after_the_end_of_turn():
@@ -216,12 +227,18 @@ def test_what_a_template_leaves_out_is_refused():
         render_conversation(TINY, template, [{"role": "user", "content": None}])
 
 
+@cache
+def real_tokenizer(folder):
+    """A real tokenizer, loaded once for all templates."""
+    real = load_any_tokenizer(folder)
+    real.eos_token = real.eos_token or "<|endoftext|>"
+    return real
+
+
 @pytest.mark.parametrize("folder", ["qwen2", "mistral03", "olmo2", "phi-2", "phi-3-mini"])
 @pytest.mark.parametrize("name", ["chatml", "zephyr", "tulu", "plain", "own"])
 def test_real_tokenizers(shared_dir, folder, name):
-    real = load_any_tokenizer(shared_dir / "tokenizers" / folder)
-    if folder == "olmo2":
-        real.eos_token = "<|endoftext|>"
+    real = real_tokenizer(shared_dir / "tokenizers" / folder)
     template = own_template(real.chat_template, folder) if name == "own" else bundled(name)
     if template is None or (name == "chatml" and "<|im_end|>" not in real.get_vocab()):
         pytest.skip("no such template for this tokenizer")
@@ -234,20 +251,22 @@ def test_real_tokenizers(shared_dir, folder, name):
     assert render_prompt(real, template, chat[: 1 if chat[0]["role"] == "user" else 2]) == rendered.input_ids[:first]
 
     control = set(real.get_added_vocab().values()) - {real.unk_token_id}
-    every = " ".join(text for text in real.get_added_vocab() if len(text.strip()) > 1)
-    hostile_chat = [{**message, "content": message["content"] + every} for message in chat]
+    every = [text for text in real.get_added_vocab() if len(text.strip()) > 1]
+    special = [token.content for token in real.added_tokens_decoder.values() if token.special]
+    added = {"user": " ".join(every), "system": " ".join(every), "assistant": " ".join(special)}
+    hostile_chat = [{**message, "content": message["content"] + added[message["role"]]} for message in chat]
     before = [token for token in rendered.input_ids if token in control]
     after = [token for token in render_conversation(real, template, hostile_chat).input_ids if token in control]
     assert [t for t in after if real.decode([t]).strip()] == [t for t in before if real.decode([t]).strip()]
 
 
 def test_mistral_loses_its_system_text_and_is_refused(shared_dir):
-    real = load_any_tokenizer(shared_dir / "tokenizers" / "mistral03")
+    real = real_tokenizer(shared_dir / "tokenizers" / "mistral03")
     with pytest.raises(ChatError):
         render_conversation(real, own_template(real.chat_template, "mistral03"), CHAT)
 
 
 def test_system_turn_that_qwen2_drops_is_refused(shared_dir):
-    real = load_any_tokenizer(shared_dir / "tokenizers" / "qwen2")
+    real = real_tokenizer(shared_dir / "tokenizers" / "qwen2")
     with pytest.raises(ChatError, match=r"message 4 \(system\)"):
         render_conversation(real, own_template(real.chat_template, "qwen2"), [*CHAT[:3], CHAT[0] | {"content": "New"}])

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from chat_tiny import bundled
 
 from posttrain.chat.jinja import render_marked, render_text
 from posttrain.chat.templates import (
@@ -18,7 +19,6 @@ from posttrain.chat.templates import (
     template_digest,
 )
 from posttrain.errors import ChatError, UserError
-from chat_tiny import bundled
 
 NAMES = ["chatml", "zephyr", "llama3", "tulu", "plain"]
 CHAT = [

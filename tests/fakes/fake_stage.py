@@ -35,7 +35,7 @@ def run(config: object, context: Context) -> Summary:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(600)
     if word == "child":
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(context.run_dir)])
     value = _train(context, word)
     (context.folder / "model.safetensors").write_text(value * 100)
     (context.folder / "config.json").write_text("{}")
@@ -57,7 +57,7 @@ def _train(context: Context, word: str) -> str:
         step, value = int(done[-1].name[5:]), (done[-1] / "value").read_text()
         context.events("note", text=f"resumed at step {step}")
     while step < STEPS:
-        if word != "deaf" and context.should_stop():
+        if (word != "deaf" and context.should_stop()) and word != "late":
             _save(checkpoints, step, value)
             raise Interrupted(context.stage, f"stopped at step {step}")
         time.sleep(float(os.environ.get("FAKE_STEP", "0")))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from posttrain.errors import CheckpointError, UserError
 from posttrain.merging import writer
 from posttrain.merging.checkpoint import open_checkpoint
-from posttrain.merging.header import encode_header, read_header
+from posttrain.merging.header import encode_header, read_header, read_tensor
 from posttrain.merging.merge import merge
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -180,7 +180,7 @@ def test_bias_on_a_layer_without_one(work: Path) -> None:
 
 
 def test_copy_of_another_base(work: Path) -> None:
-    copy = load_file(work / "base" / "model-00001-of-00005.safetensors")["model.embed_tokens.weight"] * 1.1
+    copy = read_tensor(open_checkpoint(work / "base").tensors["model.embed_tokens.weight"]) * 1.1
     rewrite(work, lambda tensors: tensors.update({"base_model.model.model.embed_tokens.base_layer.weight": copy}))
     assert "is not the base's model.embed_tokens.weight" in refusal(work).found
 

@@ -35,7 +35,7 @@ TYPOS = [
     (SFT_METHOD, "    method: {loraa: {r: 8}} #!\n", f"{SFT}.method.loraa", "unknown method 'loraa'", "lora"),
     (SFT_METHOD, "    method:\n      lora:\n        alpha: 8 #!\n", f"{SFT}.method.lora.alpha", "unknown key", "lora_alpha"),
     (SFT_METHOD, "    method: {lora: {}, dora: {}} #!\n", f"{SFT}.method", "give exactly one of", ""),
-    ("runtime: {device: cpu}\n", "runtime: {device: gpu} #!\n", "runtime.device", "'gpu' is not allowed", "cpu"),
+    ("runtime: {device: cpu}\n", "runtime: {device: gpu} #!\n", "runtime.device", "'gpu' is not allowed", "did you mean cuda?"),
     ("precision: bf16\n", "precision: bf-16 #!\n", "precision", "'bf-16' is not allowed", "did you mean bf16?"),
     (BETA, "      betta: 0.1 #!\n", "stages.dpo.trainer.betta", "unknown setting", "did you mean beta?"),
     (LOSSES, "      loss_type: [sigmiod, sft] #!\n", "stages.dpo.trainer.loss_type", "'sigmiod'", "did you mean sigmoid?"),

@@ -33,7 +33,7 @@ def write_run(run: Path) -> Artifact:
                         {
                             "hub": "HuggingFaceH4/ultrachat_200k",
                             "commit": "b" * 40,
-                            "split": "train_sft",
+                            "split": "train",
                             "weight": 0.5,
                         },
                         {"content": "c" * 64, "rows": 1790},

@@ -149,7 +149,7 @@ def make_adapter(folder: Path) -> None:
         (drop_stop, "the model would not stop"),
         (drop_template, "lacks chat_template.jinja"),
         (lose_weight, "model.norm.weight"),
-        (cut_weights, "does not load"),
+        (cut_weights, "where its header promises"),
         (make_adapter, "is an adapter"),
     ],
 )
