@@ -101,18 +101,21 @@ def rehearse(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
     """Run all stages of a recipe on the CPU with a tiny twin of its model and a few rows."""
+    import shutil
     import tempfile
 
     from posttrain import rehearse as rehearsal
     from posttrain.console import open_console
 
     loaded = _load(recipe, overrides)
+    folder = out or Path(tempfile.mkdtemp(prefix="posttrain-rehearsal-"))
     console = open_console(quiet)
-    with tempfile.TemporaryDirectory(prefix="posttrain-rehearsal-") as temporary:
-        try:
-            rehearsal.rehearse(loaded, out or Path(temporary), console)
-        finally:
-            console.close()
+    try:
+        rehearsal.rehearse(loaded, folder, console)
+    finally:
+        console.close()
+    if out is None:
+        shutil.rmtree(folder)  # kept when something failed: its logs are there
 
 
 @app.command()

@@ -156,7 +156,6 @@ def start(job: Path, runtime: Mapping[str, Any], lock: int) -> Running:
         **stage_environment(runtime, os.environ),
         "POSTTRAIN_EVENTS_FD": str(events_write),
         "POSTTRAIN_LIFELINE_FD": str(lifeline_read),
-        "POSTTRAIN_LAUNCHER_PID": str(os.getpid()),
     }
     log = job.parent / LOG
     try:

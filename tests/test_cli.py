@@ -27,8 +27,11 @@ def surface() -> str:
     for name, command in sorted(group.commands.items()):  # type: ignore[attr-defined]
         lines.append(name)
         for parameter in command.params:
-            kind = "many" if getattr(parameter, "multiple", False) else parameter.type.name
-            lines.append(f"  {' '.join(parameter.opts)} ({kind}) = {parameter.default}")
+            if parameter.param_type_name == "argument":
+                lines.append(f"  {parameter.metavar}: {'required' if parameter.required else 'optional'}")
+                continue
+            shape = "many" if parameter.multiple else "flag" if parameter.is_bool_flag else "one"
+            lines.append(f"  {' '.join(parameter.opts)}: {shape}, default {parameter.default}")
     return "\n".join(lines) + "\n"
 
 

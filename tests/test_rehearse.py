@@ -142,11 +142,20 @@ def test_a_small_local_model_is_itself_its_twin(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model", "found"),
-    [("owner/unheard-of", "shape"), ("./nothing", "holds no model"), ("./adapter", "adapter")],
+    [
+        ("owner/unheard-of", "shape"),
+        ("./nothing", "holds no model"),
+        ("./adapter", "adapter"),
+        ("./strange", "no twin"),
+    ],
 )
 def test_what_cannot_have_a_twin_is_refused(tmp_path: Path, model: str, found: str) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "config.json").write_text('{"model_type": "strange", "num_attention_heads": 4}')
+    with (tmp_path / "strange" / "model.safetensors").open("wb") as weights:
+        weights.truncate(1 << 30)  # large on paper only
     with pytest.raises(UserError, match=found) as caught:
         prepare(load_recipe(write_recipe(tmp_path, model)), tmp_path / "out")
     assert caught.value.where == "stages.sft.model"

@@ -50,7 +50,6 @@ def test_nothing_else_is_inside(wheel: Path) -> None:
     assert strangers == []
 
 
-@pytest.mark.slow
 def test_a_clean_venv_outside_the_checkout_plans_the_quickstart(wheel: Path, tmp_path: Path) -> None:
     venv, elsewhere = tmp_path / "venv", tmp_path / "elsewhere"
     elsewhere.mkdir()

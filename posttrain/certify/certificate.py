@@ -37,6 +37,7 @@ def default_limits(dtype: str, quantised: bool, base_mode: str) -> Limits:
     Measured relative error, KL, top-1 on a small Llama: fp32 4e-7; 4-bit base dequantised 1.2e-3, 1.3e-5,
     0.997 (bitsandbytes' CPU kernels compute in bf16 in eval mode); bf16 throughout 3e-3 to 5e-3, 8e-5, 0.990;
     4-bit adapter put on the original base, which is another model, 1.9e-2, 3.1e-3, 0.954; wrong merges 0.3 to 1.2.
+    Top-1 agreement is held loosely: near ties flip it, in untrained models above all.
 
     Args:
         dtype: the coarser one of the merged weights' and the compared policy's.
@@ -44,12 +45,12 @@ def default_limits(dtype: str, quantised: bool, base_mode: str) -> Limits:
         base_mode: `original` or `dequantized`.
     """
     if quantised and base_mode == "original":
-        return Limits(relative_error=0.1, mean_kl=0.05, min_top1_agreement=0.85)
+        return Limits(relative_error=0.1, mean_kl=0.05, min_top1_agreement=0.7)
     if dtype != "float32":
-        return Limits(relative_error=0.02, mean_kl=2e-3, min_top1_agreement=0.95)
+        return Limits(relative_error=0.03, mean_kl=2e-3, min_top1_agreement=0.8)
     if quantised:
-        return Limits(relative_error=5e-3, mean_kl=2e-4, min_top1_agreement=0.98)
-    return Limits(relative_error=1e-4, mean_kl=1e-6, min_top1_agreement=0.999)
+        return Limits(relative_error=5e-3, mean_kl=2e-4, min_top1_agreement=0.95)
+    return Limits(relative_error=1e-4, mean_kl=1e-6, min_top1_agreement=0.99)
 
 
 @dataclass(frozen=True)

@@ -98,9 +98,10 @@ class Encoder:
         if bad:
             whole, (ids, starts) = ids, self.encode(text, bad)
             if self.decode(ids) != self.decode(whole):
+                answer = text[bad[0] :].replace(BREAK, "")[:20]
                 raise ChatError(
                     "tokenizer",
-                    f"joins the prompt to the answer {text[bad[0] : bad[0] + 20]!r}, and cutting there adds a space",
+                    f"joins the prompt to the answer {answer!r}, and cutting there would add a space",
                     "choose a template whose generation prompt ends with a control token",
                 )
             cut = {boundary: bisect_left(starts, boundary) for boundary in bad}

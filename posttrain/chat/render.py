@@ -184,7 +184,7 @@ def _prove_spans(
         elif wanted:
             raise ChatError(
                 f"chat template {template.name}, message {index + 1}",
-                _what_moved(text, before, after),
+                _what_moved(*(part.replace(BREAK, "") for part in (text, before, after))),
                 "choose a template that writes every turn once and for all"
                 + ("" if index + 1 == len(messages) else ", or train on conversations with one answer"),
             )

@@ -28,8 +28,10 @@ _EXPECTED = {
     "bool_type": "true or false", "list_type": "a list", "dict_type": "a mapping", "model_type": "a mapping",
     "model_attributes_type": "a mapping",
 }  # fmt: skip
-_RANGE = {"greater_than_equal": "at least {ge:g}", "greater_than": "more than {gt:g}", "less_than_equal": "at most {le:g}",
-          "less_than": "below {lt:g}"}  # fmt: skip
+_RANGE = {
+    "greater_than_equal": "at least {ge:g}", "greater_than": "more than {gt:g}",
+    "less_than_equal": "at most {le:g}", "less_than": "below {lt:g}",
+}  # fmt: skip
 
 
 def key_text(path: KeyPath) -> str:

@@ -217,19 +217,16 @@ def _check_schedule(given: Mapping[str, Any]) -> Iterator[Finding]:
 def _check_optimizer(given: Mapping[str, Any]) -> Iterator[Finding]:
     name = given.get("optim", "")
     targets = name.startswith(_NEEDS_TARGETS)
+    package = next((package for start, package in _OPTIMIZER_PACKAGES.items() if name.startswith(start)), None)
     if name.endswith("_layerwise"):
-        yield (
-            "optim",
-            f"{name} allows neither micro batches nor several processes",
-            f"take {name[: -len('_layerwise')]}",
-        )
+        plain = name.removesuffix("_layerwise")
+        yield "optim", f"{name} allows neither micro batches nor several processes", f"take {plain}"
+    elif package and importlib.util.find_spec(package) is None:
+        yield "optim", f"{name} needs the package {package}, which is not installed", "install it, or take another"
     elif targets and not given.get("optim_target_modules"):
         yield "optim", f"{name} needs optim_target_modules", "add optim_target_modules: all-linear"
     elif not targets and given.get("optim_target_modules"):
         yield "optim_target_modules", "has no effect with this optim", "remove it, or take a galore or apollo optim"
-    package = next((package for start, package in _OPTIMIZER_PACKAGES.items() if name.startswith(start)), None)
-    if package and importlib.util.find_spec(package) is None:
-        yield "optim", f"{name} needs the package {package}, which is not installed", "install it, or take another"
     options = given.get("optim_args")
     if options and not all("=" in option for option in options.split(",")):
         yield "optim_args", f"{options!r} is not of the form key=value,key=value", "write it so"
@@ -266,7 +263,6 @@ _SMOOTHED_LOSSES = frozenset({"robust", "exo_pair", "aot", "aot_unpaired"})
 
 def _check_dpo(given: Mapping[str, Any]) -> Iterator[Finding]:
     losses = given.get("loss_type", ["sigmoid"])
-    losses = [losses] if isinstance(losses, str) else losses
     if not losses:
         yield "loss_type", "an empty list", "remove it to take sigmoid"
         return

@@ -6,6 +6,7 @@ three lists; a test says which one does not. A field in none counts as identity.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -189,6 +190,7 @@ def check_trainer(kind: TrainerKind, given: Mapping[str, Any]) -> list[Finding]:
     Combinations are looked at once every value is right by itself.
     """
     fields = settable_fields(kind)
+    given = _one_form(kind, given)
     findings: list[Finding] = []
     for key, value in given.items():
         if key not in fields:
@@ -217,16 +219,20 @@ def resolve_trainer(kind: TrainerKind, given: Mapping[str, Any]) -> dict[str, An
     A field whose installed default is not a literal (`optim`) is there only when given. `loss_type` is
     a list in dpo; the old and new names of gradient checkpointing agree.
     """
-    resolved = {name: field.default for name, field in settable_fields(kind).items() if field.literal}
+    resolved = {name: copy.copy(field.default) for name, field in settable_fields(kind).items() if field.literal}
     resolved |= OWN_DEFAULTS
-    resolved |= given
-    if kind == "dpo" and isinstance(resolved["loss_type"], str):
-        resolved["loss_type"] = [resolved["loss_type"]]
+    resolved |= _one_form(kind, given)
     for suffix in ("", "_kwargs"):
         old, new = f"gradient_checkpointing{suffix}", f"activation_checkpointing{suffix}"
         chosen = given.get(new, given.get(old, resolved[new]))
         resolved[old] = resolved[new] = chosen
     return resolved
+
+
+def _one_form(kind: TrainerKind, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with one loss type of dpo as a list of one, as TRL itself takes it."""
+    loss = given.get("loss_type")
+    return {**given, "loss_type": [loss]} if kind == "dpo" and isinstance(loss, str) else dict(given)
 
 
 def identity_of(kind: TrainerKind, resolved: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class Twins:
         if sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= SMALL:
             return folder
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return self._twin(str(reference.path), folder.name, config, folder)
+        return self._twin(str(reference.path), folder.name, config, folder, where)
 
     def _hub(self, reference: HubId, where: str) -> Path:
         shape, description = known_shape(reference.id), fetch_description(reference)
@@ -73,15 +73,19 @@ class Twins:
         else:
             todo = f"download its description once: hf download {reference.id} config.json tokenizer.json"
             raise UserError(where, f"the shape of {reference} is not known, and the hub cannot be asked", todo)
-        return self._twin(str(reference), reference.id.replace("/", "--"), config, description)
+        return self._twin(str(reference), reference.id.replace("/", "--"), config, description, where)
 
-    def _twin(self, model: str, name: str, config: dict[str, Any], source: Path | None) -> Path:
+    def _twin(self, model: str, name: str, config: dict[str, Any], source: Path | None, where: str) -> Path:
         from posttrain.models.twin import LAYERS, save_twin
 
         tokenizer, whose = self._tokenizer(source)
         folder = self.folder / name
-        parameters = save_twin(_text_part(config), tokenizer, folder, self.seed)
-        kind = config["model_type"]
+        kind = config.get("model_type")
+        try:
+            parameters = save_twin(_text_part(config), tokenizer, folder, self.seed)
+        except (KeyError, ValueError) as error:  # sizes under other names, or code of its own
+            todo = f"rehearse with a model of another architecture: --set {where}=…"
+            raise UserError(where, f"no twin of {model} ({kind}): {error}", todo) from None
         self.notes.append(
             f"model {model}: a random {kind} of {parameters:,} parameters in {LAYERS} layers; tokenizer: {whose}"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import yaml
@@ -52,11 +53,7 @@ def model_card(card: Card) -> str:
     for record in card.records:
         if record.ledger is not None or "data" in record.identity:
             parts += ["", f"### {record.stage} ({record.kind})", "", *_training(record)]
-    certificates = [record for record in card.records if record.kind == "merge"]
-    if certificates:
-        parts += ["", "## Certificates", "", "Merged files against the adapter in use, as measured:"]
-        for record in certificates:
-            parts += ["", *_figures(record)]
+    parts += _certificates(card.records)
     parts += ["", "## Evaluation", "", *_evaluation(card.report)]
     parts += ["", "## Made with", "", *_machine(card.records)]
     parts += ["", "## Limitations", "", *_limitations(card)]
@@ -134,7 +131,7 @@ def _duration(record: Record) -> str:
 def _training(record: Record) -> list[str]:
     lines = _data_table(record)
     if record.ledger is not None:
-        lines += ["", "Token ledger:", "", "```json", _json(record.ledger, indent=2), "```"]
+        lines += ["", "Every row and token of one epoch:", "", *_ledger_table(record.ledger)]
     settings: Mapping[str, Any] = record.identity.get("trainer") or {}
     shown = {name: settings[name] for name in SHOWN_SETTINGS if settings.get(name) is not None}
     if shown:
@@ -145,25 +142,61 @@ def _training(record: Record) -> list[str]:
 
 
 def _data_table(record: Record) -> list[str]:
+    names = list((record.ledger or {}).get("sources", {}))
+    sources = _sources(record)
+    labels = names if len(names) == len(sources) else ["local files"] * len(sources)
     rows = [
         [
-            f"`{source['hub']}`" if "hub" in source else "local files",
+            f"`{source['hub']}`" if "hub" in source else _without_folder(label),
             f"commit {source['commit'][:12]}" if "commit" in source else f"sha256 {source.get('content', '')[:16]}",
             str(source.get("split", "")),
             f"{source['rows']} rows" if "rows" in source else f"× {source.get('weight', 1):g}",
         ]
-        for source in _sources(record)
+        for source, label in zip(sources, labels, strict=True)
     ]
     return table(["data", "version", "split", "per epoch"], rows) if rows else []
+
+
+def _ledger_table(ledger: Mapping[str, Any]) -> list[str]:
+    """Counts alone: which rows were dropped stands in the record, with paths that are nobody's business."""
+    rows = []
+    for name, source in [*ledger["sources"].items(), ("total", ledger["total"])]:
+        counts, tokens = source["rows"], source["tokens"]
+        figures = [counts["in"], counts["trained"], counts["left_out"], sum(counts["dropped"].values())]
+        figures += [tokens[key] for key in ("in", "trained", "masked", "truncated")]
+        rows.append([_without_folder(name), *(f"{figure:,}" for figure in figures)])
+    head = ["source", "rows", "trained on", "left out", "dropped", "tokens", "trained on", "masked", "truncated"]
+    lines = table(head, rows)
+    dropped = ledger["total"]["rows"]["dropped"]
+    if dropped:
+        lines += ["", "Dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) + "."]
+    return lines
+
+
+def _without_folder(name: str) -> str:
+    return PurePath(name).name if PurePath(name).is_absolute() else name
 
 
 def _sources(record: Record) -> list[Mapping[str, Any]]:
     return record.identity.get("data", {}).get("sources", [])
 
 
-def _figures(record: Record) -> list[str]:
-    metrics: Mapping[str, Any] = record.summary.get("metrics", {})
-    return table([record.stage, ""], [[name, _json(value)] for name, value in metrics.items()])
+def _certificates(records: Sequence[Record]) -> list[str]:
+    """Proofs of hand-offs: merged files against the adapter in use, DPO's policy against its reference."""
+    parts: list[str] = []
+    for record in records:
+        metrics: Mapping[str, Any] = record.summary.get("metrics", {})
+        proof = metrics.get("certificate" if record.kind == "merge" else "step_zero")
+        if not proof:
+            continue
+        what = "merged files against the adapter in use" if record.kind == "merge" else "policy against its reference"
+        figures = [[name.replace("_", " "), _number(value)] for name, value in proof.items()]
+        parts += ["", f"{record.stage}: {what}", "", *table(["measured", ""], figures)]
+    return ["", "## Certificates", *parts] if parts else []
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else _json(value)
 
 
 def _evaluation(report: Mapping[str, Any] | None) -> list[str]:

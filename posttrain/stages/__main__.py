@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> int:
 def inherited(variable: str, mode: int) -> int | None:
     """Returns the descriptor that a variable names, or None where it is not set.
 
-    torchrun closes what its workers would inherit, so they open it again through their launcher.
+    torchrun inherits it and closes it for its workers, so they open it again through torchrun.
     """
     value = os.environ.get(variable)
     if value is None:
@@ -99,7 +99,7 @@ def inherited(variable: str, mode: int) -> int | None:
     if "LOCAL_RANK" not in os.environ:
         return int(value)
     try:
-        return os.open(f"/proc/{os.environ['POSTTRAIN_LAUNCHER_PID']}/fd/{value}", mode)
+        return os.open(f"/proc/{os.getppid()}/fd/{value}", mode)
     except OSError:
         return None
 

@@ -70,7 +70,8 @@ def run(config: Dpo, context: Context) -> Summary:
     )
     context.events("phase", text="saving")
     save_policy(policy, chat, machine, context.folder)
-    prove_saved(policy, chat, context.folder)
+    last_ids = {int(pair.chosen[-1]) for rows in prepared.rows for pair in rows}
+    prove_saved(policy, chat, context.folder, last_ids)
     write_probe_rows(context.folder, [[*pair.prompt, *pair.chosen] for rows in prepared.rows for pair in rows])
     return Summary(
         headline=f"{policy.kind}: {result.steps} steps, loss {result.first_loss:.3f} -> {result.last_loss:.3f}",

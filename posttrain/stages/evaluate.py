@@ -14,9 +14,9 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from posttrain.artifact import write_atomically
+from posttrain.chat.contract import end_of_turn
 from posttrain.chat.templates import ChatTemplate, load_template, read_folder_template
 from posttrain.chat.tokenizer import load_any_tokenizer
-from posttrain.chat.turns import end_of_turn
 from posttrain.data.read import read_source
 from posttrain.data.shapes import Want
 from posttrain.errors import ChatError, UserError

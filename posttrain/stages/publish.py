@@ -6,14 +6,15 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
 from posttrain.artifact import publish_folder, sha256, write_atomically
+from posttrain.chat.contract import EndOfTurn, end_of_turn
 from posttrain.chat.render import render_prompt
 from posttrain.chat.templates import load_template
 from posttrain.chat.tokenizer import load_tokenizer
-from posttrain.chat.turns import EndOfTurn, end_of_turn
 from posttrain.errors import ChatError, CheckpointError, UserError
 from posttrain.models.files import verify_model_files
 from posttrain.recipe import schema
@@ -54,8 +55,7 @@ def run(config: schema.Publish, context: Context) -> Summary:
     _refuse_foreign(target)
     context.events("phase", text="gathering files")
     files = gather(source, context.folder)
-    if (context.run_dir / "recipe.yaml").is_file():
-        files.append(_link(context.run_dir / "recipe.yaml", context.folder / "recipe.yaml").name)
+    files += _carry_recipe(context.run_dir, context.folder)
     context.events("phase", text="loading it with plain transformers")
     stop = verify(context.folder)
 
@@ -107,6 +107,16 @@ def _link(path: Path, target: Path) -> Path:
     except OSError:
         shutil.copyfile(path, target)
     return target
+
+
+def _carry_recipe(run_dir: Path, folder: Path) -> list[str]:
+    """Copies the run's recipe as it ran, but for its head: the comment there names folders of this machine."""
+    recipe = run_dir / "recipe.yaml"
+    if not recipe.is_file():
+        return []
+    lines = recipe.read_text(encoding="utf-8").splitlines(keepends=True)
+    write_atomically(folder / recipe.name, "".join(dropwhile(lambda line: line.startswith("#"), lines)))
+    return [recipe.name]
 
 
 def verify(folder: Path) -> EndOfTurn:

@@ -39,7 +39,7 @@ def run(config: Sft, context: Context) -> Summary:
     chat = open_chat(parents, config.chat_template, context)
     limit, cut = config.data.max_length, config.data.long_rows == "truncate"
     prepared = prepare(config.data, context, "chat", lambda rows: tokenise(rows, chat, limit, cut))
-    share = _check_stops(prepared, chat, context.stage)
+    share = _check_stops(prepared, chat, limit, context.stage)
     if config.data.packing == "wrap":
         schedule = schedule_wrapped(prepared, context.trainer, context.seed, limit)
     else:
@@ -64,7 +64,7 @@ def run(config: Sft, context: Context) -> Summary:
     )
     context.events("phase", text="saving")
     save_policy(policy, chat, machine, context.folder)
-    prove_saved(policy, chat, context.folder)
+    prove_saved(policy, chat, context.folder, last_trained_ids(prepared.rows))
     write_probe_rows(context.folder, [row.ids for rows in prepared.rows for row in rows])
     return Summary(
         headline=f"{policy.kind}: {result.steps} steps, loss {result.first_loss:.3f} -> {result.last_loss:.3f}",
@@ -109,15 +109,20 @@ def tokenise(rows: list[ChatRow], chat: Chat, limit: int, cut: bool) -> Iterator
         yield Tokenised(made, made.supervised, len(made) - made.supervised, length - len(made))
 
 
-def _check_stops(prepared: Prepared[Row], chat: Chat, stage: str) -> float:
-    """Returns the share of rows that end in the end-of-turn token; a model that never sees it never stops.
+def last_trained_ids(rows: list[list[Row]]) -> set[int]:
+    """Ids of the last token with loss of every row: what the model learns to end on."""
+    return {int(row.labels[row.labels != IGNORE][-1]) for source in rows for row in source}
+
+
+def _check_stops(prepared: Prepared[Row], chat: Chat, limit: int, stage: str) -> float:
+    """Returns the share of uncut rows that end in the end-of-turn token; a model that never sees it never stops.
 
     Raises:
-        ChatError: less than 99 % of the rows that were not cut do.
+        ChatError: less than 99 % of them do.
     """
-    last = [int(row.labels[row.labels != IGNORE][-1]) for rows in prepared.rows for row in rows]
-    share = sum(token == chat.end.id for token in last) / len(last)
-    if share < _STOPPED and not prepared.ledger.as_dict()["total"]["tokens"]["truncated"]:
+    last = [row.labels[row.labels != IGNORE][-1] for rows in prepared.rows for row in rows if len(row) < limit]
+    share = sum(int(token) == chat.end.id for token in last) / len(last) if last else 1.0
+    if share < _STOPPED:
         found = f"only {share:.1%} of the rows end in {chat.end.text!r}"
         raise ChatError(f"stages.{stage}.data", found, "end conversations with an assistant turn")
     return round(share, 6)
@@ -132,10 +137,14 @@ def save_policy(policy: Policy, chat: Chat, machine: Machine, folder: Path) -> N
     save_chat(chat, policy.model, folder)
 
 
-def prove_saved(policy: Policy, chat: Chat, folder: Path) -> None:
-    """Reads the saved folder back: weights whole and finite, chat contract kept."""
+def prove_saved(policy: Policy, chat: Chat, folder: Path, last_ids: set[int]) -> None:
+    """Reads the saved folder back: weights whole and finite, chat contract kept, end of turn among what was trained.
+
+    Args:
+        last_ids: last trained ids of all rows.
+    """
     if policy.is_adapter:
         verify_saved_adapter(folder)
     else:
         verify_saved_model(policy.model, folder)  # type: ignore[arg-type]
-    verify_saved(folder, chat.template.digest, {chat.end.id}, probe_ids(chat.tokenizer, chat.template))
+    verify_saved(folder, chat.template.digest, last_ids, probe_ids(chat.tokenizer, chat.template))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from posttrain.chat.render import MASKED, render_conversation, render_pair, render_prompt
 from posttrain.chat.templates import ChatTemplate, load_template, own_template
 from posttrain.chat.tokenizer import load_any_tokenizer
+from posttrain.chat.turns import end_of_turn
 from posttrain.errors import ChatError
 
 NAMES = ["chatml", "zephyr", "llama3", "tulu", "plain"]
@@ -40,12 +41,12 @@ def trained(tokenizer, rendered):
     return runs
 
 
-def trl_template(name):
-    """A family's own template, from the installed TRL (found without importing it)."""
+def trl_folder():
+    """Folder of the families' own templates in the installed TRL (found without importing it)."""
     found = importlib.util.find_spec("trl")
     if found is None or found.origin is None:
         pytest.skip("trl is not installed")
-    return load_template(str(Path(found.origin).parent / "chat_templates" / f"{name}.jinja"), Path())
+    return Path(found.origin).parent / "chat_templates"
 
 
 def unproved(template):
@@ -185,7 +186,7 @@ def test_role_cannot_forge_a_header():
 
 
 def test_template_that_rewrites_history_is_refused(tokenizer):
-    template = trl_template("qwen3")
+    template = load_template(str(trl_folder() / "qwen3.jinja"), Path())
     with pytest.raises(ChatError, match="rewrites history"):
         render_conversation(tokenizer, template, CHAT)
     rendered = render_conversation(tokenizer, template, CHAT[:3])  # one answer: nothing follows that could change it
@@ -235,13 +236,15 @@ def real_tokenizer(folder):
     return real
 
 
-@pytest.mark.parametrize("folder", ["qwen2", "mistral03", "olmo2", "phi-2", "phi-3-mini"])
-@pytest.mark.parametrize("name", ["chatml", "zephyr", "tulu", "plain", "own"])
+FITTING = [(folder, name) for folder in ("mistral03", "phi-2", "phi-3-mini") for name in ("zephyr", "tulu", "plain")]
+FITTING += [(folder, name) for folder in ("qwen2", "olmo2") for name in ("chatml", "zephyr", "tulu", "plain")]
+FITTING += [("qwen2", "own"), ("mistral03", "own"), ("phi-3-mini", "own")]
+
+
+@pytest.mark.parametrize(("folder", "name"), FITTING)
 def test_real_tokenizers(shared_dir, folder, name):
     real = real_tokenizer(shared_dir / "tokenizers" / folder)
     template = own_template(real.chat_template, folder) if name == "own" else bundled(name)
-    if template is None or (name == "chatml" and "<|im_end|>" not in real.get_vocab()):
-        pytest.skip("no such template for this tokenizer")
     chat = CHAT[1:] if folder == "mistral03" and name == "own" else CHAT
     rendered = render_conversation(real, template, chat)
     assert rendered.input_ids == real.apply_chat_template(chat, chat_template=template.inference, return_dict=False)
@@ -270,3 +273,35 @@ def test_system_turn_that_qwen2_drops_is_refused(shared_dir):
     real = real_tokenizer(shared_dir / "tokenizers" / "qwen2")
     with pytest.raises(ChatError, match=r"message 4 \(system\)"):
         render_conversation(real, own_template(real.chat_template, "qwen2"), [*CHAT[:3], CHAT[0] | {"content": "New"}])
+
+
+def test_templates_we_did_not_write_are_masked_rightly_or_refused():
+    accepted = set()
+    folder = trl_folder()
+    chat = [{"role": ("user", "assistant")[index % 2], "content": f"Turn {index}"} for index in range(4)]
+    for path in sorted(folder.glob("*.jinja")):
+        template = load_template(str(path), Path())
+        try:
+            rendered = render_conversation(TINY, template, chat)
+        except ChatError:
+            continue
+        accepted.add(path.stem)
+        end = end_of_turn(TINY, template).text
+        assert len(rendered.spans) == 2
+        for index, (start, stop) in enumerate(rendered.spans):
+            assert rendered.text[start:stop].endswith(f"Turn {2 * index + 1}{end}")
+            prompt = render_prompt(TINY, template, chat[: 2 * index + 1])
+            assert rendered.input_ids[: len(prompt)] == prompt
+            assert TINY.decode(prompt) == rendered.text[:start]
+        kept = [label for label in rendered.labels if label != MASKED]
+        assert TINY.decode(kept) == "".join(rendered.text[start:stop] for start, stop in rendered.spans)
+    assert accepted >= {"llama3", "llama3_1", "llama3_2", "qwen2_5", "qwen3_training", "lfm2", "qwen3_instruct_2507"}
+    assert not accepted & {"qwen3", "qwen3_5_think", "nemotron_3_nano"}
+
+
+def test_tokens_added_later_are_seen(tokenizer):
+    chat = [{"role": "user", "content": "<|new|>"}, {"role": "assistant", "content": "a"}]
+    render_conversation(tokenizer, bundled("chatml"), chat)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    new = tokenizer.convert_tokens_to_ids("<|new|>")
+    assert new not in render_conversation(tokenizer, bundled("chatml"), chat).input_ids

@@ -9,6 +9,8 @@ from pathlib import Path
 import yaml
 
 from posttrain.artifact import RECORD, Artifact, Record
+from posttrain.data.ledger import Ledger
+from posttrain.data.rows import Dropped, Origin
 from posttrain.report.card import Card, model_card
 from posttrain.report.history import history
 from tests.report.test_markdown import make_report
@@ -18,6 +20,16 @@ def record(stage: str, kind: str, inputs: dict[str, str], **more: object) -> Rec
     identity = {"kind": kind, "seed": 7, "precision": "bf16", **more.pop("identity", {})}  # type: ignore[dict-item]
     provenance = {"seconds": 100.0, "versions": {"torch": "2.13.0", "trl": "not installed"}, "python": "3.11.9"}
     return Record(stage, kind, 1, "f" * 64, identity, inputs=inputs, provenance=provenance, **more)  # type: ignore[arg-type]
+
+
+def make_ledger() -> dict[str, object]:
+    ledger = Ledger()
+    for source in ("HuggingFaceH4/ultrachat_200k", "/home/me/rows.jsonl"):
+        ledger.read(source, 1790, [Dropped(Origin("/home/me/rows.jsonl", 3), "empty answer")])
+        ledger.enter(source, tokens=20_000)
+        ledger.train(source, supervised=12_000, masked=8_000, rows=1789)
+    ledger.balance()
+    return ledger.as_dict()
 
 
 def write_run(run: Path) -> Artifact:
@@ -41,12 +53,17 @@ def write_run(run: Path) -> Artifact:
                 },
                 "trainer": {"learning_rate": 2e-4, "beta": None, "adam_beta1": 0.9},
             },
-            ledger={"rows_in": 10, "trained": 9, "dropped": {"empty": 1}},
+            ledger=make_ledger(),
             summary={"headline": "loss 1.5"},
         ),
         record("unrelated", "sft", {}),
-        record("aligned", "merge", {"model": "@dpo"}, summary={"headline": "ok", "metrics": {"mean_kl": 1e-6}}),
-        record("dpo", "dpo", {"model": "@sft"}),
+        record(
+            "aligned",
+            "merge",
+            {"model": "@dpo"},
+            summary={"headline": "ok", "metrics": {"certificate": {"mean_kl": 1.5e-6}, "merged_from": "/home/me/base"}},
+        ),
+        record("dpo", "dpo", {"model": "@sft"}, summary={"metrics": {"step_zero": {"loss": 0.693147}}}),
     ]
     for one in records:
         (run / one.stage).mkdir(parents=True)
@@ -83,12 +100,15 @@ def test_card_tells_the_whole_way(tmp_path: Path) -> None:
     assert body.lstrip().startswith("# me/zephyr\n")
     assert "sft (sft) → dpo (dpo) → aligned (merge)" in body
     assert "| `HuggingFaceH4/ultrachat_200k` | commit bbbbbbbbbbbb | train | × 0.5 |" in body
-    assert f"| local files | sha256 {'c' * 16} |  | 1790 rows |" in body
+    assert f"| rows.jsonl | sha256 {'c' * 16} |  | 1790 rows |" in body
     assert "| learning_rate | 0.0002 |" in body
     assert "| beta |" not in body
     assert '"adam_beta1": 0.9' in body
-    assert '"dropped": {\n    "empty": 1\n  }' in body
-    assert "| mean_kl | 1e-06 |" in body
+    assert "| rows.jsonl | 1,790 | 1,789 | 0 | 1 | 20,000 | 12,000 | 8,000 | 0 |" in body
+    assert "Dropped: 2 empty answer." in body
+    assert "| mean kl | 1.5e-06 |" in body
+    assert "| loss | 0.6931 |" in body
+    assert "/home/me" not in text
     assert "74.0 % [66.5, 80.3]" in body
     assert "+29.0 points" in body
     assert "- torch 2.13.0" in body

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,18 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from posttrain.artifact import RECORD, Record
+from posttrain.chat.templates import load_template
+from posttrain.data.rows import Origin, PairRow
 from posttrain.errors import PosttrainError
+from posttrain.evaluation.likelihood import preference
+from posttrain.models.lineage import Lineage, Link
+from posttrain.models.load import Adapter, add_adapter, load_base
 from posttrain.recipe.bundled import find_bundled
 from posttrain.recipe.schema import Evaluate, Runtime
 from posttrain.stages.context import Context, Events, ModelInput
 from posttrain.stages.evaluate import run
-from tests.evaluation.tiny import END, save
+from tests.evaluation.tiny import END, make_tokenizer, save
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +197,33 @@ def test_foreign_adapter_is_refused_with_advice(run_dir: Path, tmp_path: Path) -
     with pytest.raises(PosttrainError, match="merge") as caught:
         run(config, given)
     assert caught.value.exit_code == 2
+
+
+def test_adapter_of_ours_is_scored_on_the_base_that_its_record_names(run_dir: Path, tmp_path: Path) -> None:
+    base = run_dir / "instruct"
+    model = add_adapter(load_base(base, torch.float32, "cpu", "sdpa"), Adapter(4, 8, 0.0, "all-linear"), [])
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    adapter = run_dir / "sft"
+    model.save_pretrained(str(adapter))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(base / name, adapter / name)
+    lineage = Lineage(Link(base, "@instruct", None)).grown(Link(adapter, "@sft", None), None)
+    record = Record("sft", "sft", 1, "f" * 64, {}, lineage=lineage.as_dict(run_dir))
+    (adapter / RECORD).write_text(json.dumps(asdict(record)))
+    config = Evaluate.model_validate({**settings(), "models": {"plain": "@instruct", "tuned": "@sft"}})
+    run(config, context(run_dir, tmp_path, config))
+    pair = json.loads((tmp_path / "answers" / "pairs.jsonl").read_text().splitlines()[2])
+    merged = model.merge_and_unload()
+    row = PairRow(
+        [{"role": "user", "content": "Q2"}],
+        [{"role": "assistant", "content": "yes" * 3}],
+        [{"role": "assistant", "content": "no"}],
+        None,
+        Origin("", 1),
+    )
+    expected = preference(merged, make_tokenizer(), load_template("chatml", run_dir), [row], 512)[0]
+    assert expected is not None
+    assert pair["models"]["tuned"]["chosen"] == pytest.approx(expected.chosen, rel=1e-4)
+    assert pair["models"]["plain"]["chosen"] != pytest.approx(expected.chosen, rel=1e-2)

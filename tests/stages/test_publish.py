@@ -31,7 +31,7 @@ def run_dir(tmp_path: Path) -> Path:
     record = Record("aligned", "merge", 1, "f" * 64, {"seed": 3}, summary={"headline": "certified"})
     (aligned / RECORD).write_text(json.dumps(asdict(record)))
     (aligned / "log.txt").write_text("not for strangers")
-    (folder / "recipe.yaml").write_text("name: demo\n")
+    (folder / "recipe.yaml").write_text("# recipe.yaml as it ran; paths start from /home/me\nname: demo\n")
     return folder
 
 
@@ -86,6 +86,7 @@ def test_published_folder_is_self_contained(run_dir: Path, tmp_path: Path) -> No
         [{"role": "user", "content": "Kaixo"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     assert model.generate(**ids, max_new_tokens=2, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+    assert (target / "recipe.yaml").read_text() == "name: demo\n"
     assert "license: apache-2.0" in (target / "README.md").read_text()
     assert "| aligned | merge | certified |" in (target / "README.md").read_text()
 

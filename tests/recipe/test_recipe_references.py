@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from conftest import VALID  # the one beside this file
 from hypothesis import given
 from hypothesis import strategies as st
+from recipe_sample import VALID
 
 from posttrain.recipe.load import load_recipe
 from posttrain.recipe.references import adapter_methods, dependencies, execution_order

@@ -110,7 +110,7 @@ class TestOverrides:
                 "--set stages.base.data.sources[2].rows: `2` is no item of a list of 2",
             ),
             ("precision.x=1", "--set precision.x: `precision` is the text 'bf16', which has no keys"),
-            ("seed=[1", "--set seed:1:3: did not find expected"),
+            ("seed=[1", "--set seed:2:1: did not find expected"),
             ("seed={a: 1, a: 2}", "--set seed:1:8: `a` stands twice"),
             ("stages.sft.method={lora: {rr: 4}}", "--set stages.sft.method  stages.sft.method.lora.rr: unknown key"),
             ("stages.dpo.model=@sftt", "--set stages.dpo.model: there is no stage `sftt`"),

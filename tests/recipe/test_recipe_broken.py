@@ -3,15 +3,19 @@
 A case replaces one line of the valid recipe; `#!` marks the line of the error in what it puts there.
 """
 
+# ruff: noqa: E501
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from conftest import VALID  # the one beside this file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recipe_sample import VALID
 
 from posttrain.errors import RecipeErrors
 from posttrain.recipe.load import load_recipe
+from posttrain.recipe.yaml12 import dump, parse
 
 SFT = "stages.sft"
 BETA = "      beta: 0.1\n"
@@ -168,3 +172,49 @@ def test_one_mistake_gives_one_error_at_its_line(tmp_path: Path, old, new, key, 
     assert todo in problem.todo
     if "#!" in text:
         assert text.splitlines()[line - 1].endswith("#!"), str(problem)
+
+
+def _places(node, path=()):
+    yield path
+    for key, inner in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield from _places(inner, (*path, key))
+
+
+PLACES = [path for path in _places(parse(VALID, "r.yaml").value) if path]
+JUNK = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats()
+    | st.sampled_from(["", "x", "@sft", "@x", "${", "lora", "5"]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["kind", "model", "r", "x"]), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(PLACES), JUNK), min_size=1, max_size=3))
+def test_whatever_stands_at_a_key_the_answer_is_a_recipe_or_its_errors(tmp_path_factory, changes):
+    tree = parse(VALID, "r.yaml").value
+    for path, junk in changes:
+        node = tree
+        for part in path[:-1]:
+            node = (
+                node[part]
+                if isinstance(node, dict) and part in node
+                else node[0]
+                if isinstance(node, list) and node
+                else {}
+            )
+        if isinstance(node, dict):
+            node[path[-1]] = junk
+    path = tmp_path_factory.getbasetemp() / "junk.yaml"
+    path.write_text(dump(tree), encoding="utf-8")
+    problems = []
+    try:
+        load_recipe(path, env={})
+    except RecipeErrors as errors:
+        problems = errors.problems
+    assert all(problem.where.startswith(str(path)) and problem.found for problem in problems)
