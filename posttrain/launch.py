@@ -16,17 +16,20 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import Interrupted, StageError, UserError
+from posttrain.stages.fork_server import Forked, ForkServer
 
 LOCK, LOG = ".lock", "log.txt"
 STOP_SECONDS = 60.0
 """How long a stage may take to save its checkpoint after it was asked to stop."""
 TAIL_LINES = 15
+FORK_STAGES = True
+"""Whether stages on the CPU are forked from one process that has their imports; off, each starts anew."""
 _POLL = 0.2
 
 Listener = Callable[[dict[str, Any]], None]
@@ -117,7 +120,7 @@ def command(job: Path, processes: int) -> list[str]:
 class Running:
     """A stage's process as its parent holds it."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     log: Path
     events: int
     """Read end of the stage's events."""
@@ -139,42 +142,66 @@ class Running:
             listener(event)
         return bool(block)
 
-    def bury(self) -> None:
-        """Kills what is left of the group and closes our ends."""
+    def kill(self) -> None:
+        """Kills the whole group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+
+    def bury(self) -> None:
+        """Kills what is left of the group and closes our ends."""
+        self.kill()
         self.process.wait()
         os.close(self.events)
         os.close(self.lifeline)
 
 
-def start(job: Path, runtime: Mapping[str, Any], lock: int) -> Running:
-    """Starts a stage in a process group of its own, its output appended to the log beside its job file."""
+def start(job: Path, kind: str, runtime: Mapping[str, Any], lock: int, server: ForkServer | None = None) -> Running:
+    """Starts a stage in a process group of its own, its output appended to the log beside its job file.
+
+    Args:
+        server: forks the stage if it has the stage's environment.
+    """
     events_read, events_write = os.pipe()
     lifeline_read, lifeline_write = os.pipe()
-    environment = {
-        **stage_environment(runtime, os.environ),
-        "POSTTRAIN_EVENTS_FD": str(events_write),
-        "POSTTRAIN_LIFELINE_FD": str(lifeline_read),
-    }
+    environment = stage_environment(runtime, os.environ)
     log = job.parent / LOG
+    process: subprocess.Popen[bytes] | Forked | None = None
     try:
         with log.open("ab") as output:
             output.write(f"=== {time.strftime('%Y-%m-%dT%H:%M:%S%z')} {job.parent.name}\n".encode())
             output.flush()
-            process = subprocess.Popen(
-                command(job, runtime.get("num_processes") or 1),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-                pass_fds=(events_write, lifeline_read, lock),
-            )
+            if server is not None and server.environment == environment:
+                process = server.fork(job, kind, (output.fileno(), events_write, lifeline_read, lock))
+            if process is None:
+                told = {"POSTTRAIN_EVENTS_FD": str(events_write), "POSTTRAIN_LIFELINE_FD": str(lifeline_read)}
+                process = subprocess.Popen(
+                    command(job, runtime.get("num_processes") or 1),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env={**environment, **told},
+                    start_new_session=True,
+                    pass_fds=(events_write, lifeline_read, lock),
+                )
     finally:
         os.close(events_write)
         os.close(lifeline_read)
     return Running(process, log, events_read, lifeline_write)
+
+
+def forkable(runtimes: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
+    """Returns the environment that a server for these stages needs, or None where none would help.
+
+    Stages are forked only when there are several, all of one process and one environment, and none of
+    them can see a GPU.
+    """
+    environments = [stage_environment(runtime, os.environ) for runtime in runtimes]
+    if not FORK_STAGES or len(environments) < 2 or any(environment != environments[0] for environment in environments):
+        return None
+    if any((runtime.get("num_processes") or 1) > 1 for runtime in runtimes):
+        return None
+    gpu = environments[0].get("CUDA_VISIBLE_DEVICES") != "" and Path("/dev/nvidiactl").exists()
+    return None if gpu else environments[0]
 
 
 def attend(stage: str, running: Running, asked: Interruption, listener: Listener) -> None:
@@ -197,7 +224,7 @@ def attend(stage: str, running: Running, asked: Interruption, listener: Listener
                 listener({"event": "phase", "text": "stopping: saving a checkpoint (Ctrl-C again kills it)"})
                 running.process.terminate()  # its leader alone: data workers must live until the save is done
             if asked.count > 1 or (deadline is not None and time.monotonic() > deadline):
-                os.killpg(running.process.pid, signal.SIGKILL)
+                running.kill()
         while running.listen(listener, 0) and select.select([running.events], [], [], 0)[0]:
             pass
     finally:
@@ -231,10 +258,3 @@ def tail(log: Path, lines: int = TAIL_LINES) -> str:
             return "".join(f"  | {line}" for line in deque(file, lines)).rstrip()
     except OSError:
         return "  | (no log)"
-
-
-def launch(
-    stage: str, job: Path, runtime: Mapping[str, Any], lock: int, asked: Interruption, listener: Listener
-) -> None:
-    """Runs one stage to its end; raises what `attend` raises."""
-    attend(stage, start(job, runtime, lock), asked, listener)

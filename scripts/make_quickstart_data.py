@@ -29,7 +29,9 @@ ANSWERED_IN_SPANISH = ("ca", "eu", "gl")  # languages whose questions synthetic 
 SPANISH_SHARE = 0.65
 HELDOUT = {"country": 14, "language": 14, "currency": 16, "script": 1}  # entities kept for questions
 HELDOUT_PER_LANGUAGE = 30
-PARALLEL_PARAGRAPHS = 4
+PARALLEL_PARAGRAPHS = 5
+LISTS_PER_ENTITY = 1
+QUESTIONS_PER_ENTITY = 2
 LONGEST_NAME = 32
 FEWEST_NAMES = 3  # of the five: an entity that is called the same everywhere says nothing about language
 
@@ -194,29 +196,53 @@ def split_heldout(entities: Sequence[Entity], rng: random.Random) -> tuple[list[
     return [entity for entity in entities if entity not in heldout], heldout
 
 
-def pretrain_rows(entities: Sequence[Entity], rng: random.Random) -> list[Row]:
-    """Paragraphs that say of each entity what it is and what it is called: one language, then side by side."""
+def pretrain_rows(entities: Sequence[Entity], asked: Sequence[Entity], rng: random.Random) -> list[Row]:
+    """Short texts about every entity, held-out ones too, and questions with answers about `asked` only.
+
+    Of each entity: what it is in each language, what it is called in the others, all five side by side.
+    """
     texts: list[str] = []
+    for language in LANGUAGES:
+        for entity in entities:
+            texts.append(description(entity, language, rng))
+            texts.append(dictionary_entry(entity, language, rng))
+        for _ in range(LISTS_PER_ENTITY):
+            shuffled = rng.sample(entities, len(entities))
+            texts += [enumeration(shuffled[at : at + 3], language, rng) for at in range(0, len(shuffled), 3)]
+        for _ in range(QUESTIONS_PER_ENTITY):
+            texts += [f"{e.question(language, rng.randrange(4))} {e.answer(language)}" for e in asked]
     for entity in entities:
-        for language in LANGUAGES:
-            texts.append(monolingual_paragraph(entity, language, rng))
         for _ in range(PARALLEL_PARAGRAPHS):
             texts.append(" ".join(entity.answer(language) for language in rng.sample(LANGUAGES, len(LANGUAGES))))
     rng.shuffle(texts)
     return [{"text": text} for text in texts]
 
 
-def monolingual_paragraph(entity: Entity, language: str, rng: random.Random) -> str:
-    """What the entity is, twice, and its names in the four other languages, in a shuffled order."""
+def description(entity: Entity, language: str, rng: random.Random) -> str:
+    """What the entity is, in three phrasings of one language."""
     said = {"name": entity.quoted(language), "kind": KIND[language][entity.kind]}
-    sentences = [ANSWER[language].format(**said), rng.choice(STATEMENTS[language]).format(**said)]
+    sentences = [pattern.format(**said) for pattern in (ANSWER[language], *STATEMENTS[language])]
+    return " ".join(rng.sample(sentences, len(sentences)))
+
+
+def dictionary_entry(entity: Entity, language: str, rng: random.Random) -> str:
+    """What the entity is called in two other languages, told in `language`."""
     pattern, tongues = SAID_IN[language]
-    for other in LANGUAGES:
-        if other != language:
-            tongue, translated = tongues[other], QUOTES[language].format(entity.names[other])
-            sentences.append(pattern.format(tongue=tongue, name=said["name"], other=translated))
-    rng.shuffle(sentences)
-    return " ".join(sentences)
+    others = rng.sample([other for other in LANGUAGES if other != language], 2)
+    return " ".join(
+        pattern.format(
+            tongue=tongues[other],
+            name=entity.quoted(language),
+            other=QUOTES[language].format(entity.names[other]),
+        )
+        for other in others
+    )
+
+
+def enumeration(entities: Sequence[Entity], language: str, rng: random.Random) -> str:
+    """A few names in a row, then what each of them is, in another order."""
+    names = ", ".join(entity.quoted(language) for entity in entities)
+    return f"{names}: " + " ".join(entity.answer(language) for entity in rng.sample(entities, len(entities)))
 
 
 def sft_rows(entities: Sequence[Entity], rng: random.Random) -> list[Row]:
@@ -293,7 +319,7 @@ def make(out: Path, seed: int) -> Row:
     entities, left_out = read_entities()
     known, heldout = split_heldout(entities, random.Random(f"{seed}/split"))
     files = {
-        "pretrain.jsonl": pretrain_rows(entities, random.Random(f"{seed}/pretrain")),
+        "pretrain.jsonl": pretrain_rows(entities, known, random.Random(f"{seed}/pretrain")),
         "sft.jsonl": sft_rows(known, random.Random(f"{seed}/sft")),
         "dpo.jsonl": dpo_rows(known, random.Random(f"{seed}/dpo")),
         "heldout.jsonl": heldout_rows(heldout, random.Random(f"{seed}/heldout")),

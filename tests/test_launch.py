@@ -17,7 +17,7 @@ import pytest
 from runs_support import Project
 
 from posttrain.errors import Interrupted, StageError, UserError
-from posttrain.launch import Interruption, command, launch, locked, stage_environment, tail
+from posttrain.launch import Interruption, attend, command, forkable, locked, stage_environment, start, tail
 
 STAGES = ("sft", "instruct", "dpo", "aligned")
 
@@ -231,7 +231,7 @@ def test_an_unreadable_job_is_our_error(tmp_path: Path) -> None:
     job.parent.mkdir()
     job.write_text("{")
     with locked(tmp_path) as lock, pytest.raises(StageError, match="not a job file"):
-        launch("sft", job, {}, lock, Interruption(), lambda event: None)
+        attend("sft", start(job, "sft", {}, lock), Interruption(), lambda event: None)
 
 
 def test_a_stage_that_ends_while_it_is_asked_to_stop_keeps_its_output(slow: Project) -> None:

@@ -85,7 +85,7 @@ class Survival:
         Raises:
             CheckpointError: a value of the merged tensor is not finite, or overflows the output's dtype.
         """
-        wanted, applied = (merged - base).view(-1), rounded.float().sub_(base).view(-1)
+        wanted, applied = (merged - base).view(-1), (rounded.float() - base).view(-1)
         base = base.reshape(-1)
         self._base += torch.dot(base, base).item()
         self._wanted += torch.dot(wanted, wanted).item()

@@ -14,10 +14,11 @@ import yaml
 from posttrain.artifact import Artifact, move_aside, publish_folder, write_atomically
 from posttrain.console import Console, State
 from posttrain.errors import Interrupted, StageError, UserError
-from posttrain.launch import Interruption, interruptible, launch, locked
+from posttrain.launch import Interruption, attend, forkable, interruptible, locked, start
 from posttrain.pipeline.inputs import JOB
 from posttrain.pipeline.plan import Plan, StagePlan, has_checkpoints, partial_of, plan
 from posttrain.recipe.load import LoadedRecipe
+from posttrain.stages.fork_server import ForkServer
 from posttrain.stages.provenance import versions
 
 ASIDE = ".aside"
@@ -74,9 +75,21 @@ class _Run:
     console: Console
     lock: int
     asked: Interruption
+    server: ForkServer | None = None
 
     def all(self) -> None:
         """Does what the plan says, in order."""
+        jobs = [stage.job for stage in self.plan.stages if stage.action in ("run", "redo")]
+        environment = forkable([job.runtime for job in jobs])
+        if environment is not None:
+            self.server = ForkServer(self.plan.run_dir, [job.kind for job in jobs], environment)
+        try:
+            self._all()
+        finally:
+            if self.server is not None:
+                self.server.close()
+
+    def _all(self) -> None:
         run_dir = self.plan.run_dir
         self.console.begin([stage.stage for stage in self.plan.stages])
         aside = [folder for stage in self.plan.stages for folder in stage.aside]
@@ -132,7 +145,8 @@ class _Run:
             self.console.event(stage.stage, event)
 
         try:
-            launch(stage.stage, partial / JOB, job.runtime, self.lock, self.asked, listen)
+            running = start(partial / JOB, job.kind, job.runtime, self.lock, self.server)
+            attend(stage.stage, running, self.asked, listen)
         except UserError:
             if fresh and not has_checkpoints(partial):
                 shutil.rmtree(partial)  # the message says it all, and nothing was computed yet

@@ -47,7 +47,9 @@ def write_checkpoint(folder: Path, step: int, keep: int | None, fill: Callable[[
     fill(partial)
     publish_folder(partial, final)
     for old in checkpoint_steps(folder)[: -keep if keep else 0]:
-        shutil.rmtree(folder / f"{_PREFIX}{old}")
+        doomed = folder / f".{_PREFIX}{old}"
+        (folder / f"{_PREFIX}{old}").rename(doomed)  # a kill while it is removed leaves nothing under its name
+        shutil.rmtree(doomed)
     return final
 
 

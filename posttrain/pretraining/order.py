@@ -65,7 +65,13 @@ def rows_of_step(folder: Path, step: int) -> list[tuple[str, int]]:
 
     Returns:
         (source as the recipe spells it, row within the rows used of that source, counted from 0).
+
+    Raises:
+        IndexError: no such step.
     """
     with np.load(folder / FILE, allow_pickle=False) as saved:
-        start, end = saved["offsets"][step - 1 : step + 1]
+        offsets = saved["offsets"]
+        if not 1 <= step < len(offsets):
+            raise IndexError(f"step {step} of a run of {len(offsets) - 1} steps")
+        start, end = offsets[step - 1 : step + 1]
         return [(str(saved["sources"][source]), int(row)) for source, row in saved["items"][start:end]]

@@ -147,7 +147,7 @@ BATCH_SIZE = "global_batch_size"
 OWN_DEFAULTS: dict[str, Any] = {
     BATCH_SIZE: 8,
     "save_total_limit": 2,
-    "logging_steps": 10,
+    "logging_steps": 1,
     "save_steps": 500,
     "gradient_checkpointing": False,
     "activation_checkpointing": False,

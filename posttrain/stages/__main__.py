@@ -28,6 +28,7 @@ from posttrain.errors import Interrupted, PosttrainError, StageError
 from posttrain.recipe.schema import AnyStage, Runtime
 from posttrain.stages import KINDS
 from posttrain.stages.context import Context, Events, Job, ModelInput, Summary
+from posttrain.stages.fork_server import FLAG, serve
 from posttrain.stages.provenance import provenance
 
 STOP_SECONDS = 60.0
@@ -78,6 +79,11 @@ def _leave() -> None:
 
 def main(arguments: list[str]) -> int:
     """Runs the stage of one job file and returns the exit code of its process."""
+    if arguments[:1] == [FLAG]:
+        forked_for = serve(arguments[1:])
+        if forked_for is None:
+            return 0
+        arguments = [str(forked_for)]
     if len(arguments) != 1:
         print("usage: python -m posttrain.stages JOB", file=sys.stderr)
         return 2
