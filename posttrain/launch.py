@@ -234,7 +234,7 @@ def attend(stage: str, running: Running, asked: Interruption, listener: Listener
 
 def _judge(stage: str, running: Running, asked: Interruption) -> None:
     """Raises what a stage's end means; returns when it ended well."""
-    code = running.process.returncode
+    code = running.process.wait()
     if code == 0:
         return
     if asked.count or code in (Interrupted.exit_code, -signal.SIGTERM, -signal.SIGINT):

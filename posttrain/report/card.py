@@ -49,7 +49,8 @@ class Card:
 def model_card(card: Card) -> str:
     """Returns the README of a published model: YAML front matter and Markdown, the same for the same records."""
     parts = [_front_matter(card), f"# {card.name}", "", _origin(card), "", *_usage(card)]
-    parts += ["", "## How it was made", "", *_stage_table(card.records)]
+    if card.records:
+        parts += ["", "## How it was made", "", *_stage_table(card.records)]
     for record in card.records:
         if record.ledger is not None or "data" in record.identity:
             parts += ["", f"### {record.stage} ({record.kind})", "", *_training(record)]

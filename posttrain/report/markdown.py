@@ -133,11 +133,12 @@ def _short_difference(one: Mapping[str, Any], unit: str) -> str:
     if unit != "share":
         return f"{one['value']:+.3g} against {one['minus']} ({one['low']:+.3g}..{one['high']:+.3g})"
     value, low, high = (100 * one[key] for key in ("value", "low", "high"))
-    return f"{value:+.0f} points over {one['minus']} ({low:+.0f}..{high:+.0f})"
+    return f"{value:+.0f} points {'over' if value >= 0 else 'against'} {one['minus']} ({low:+.0f}..{high:+.0f})"
 
 
 def _label(name: str, unit: str) -> str:
-    return name.replace("_", " ") if unit == "share" else f"{name.replace('_', ' ')} ({unit})"
+    words = name.replace("_", " ")
+    return words if unit in ("share", "bits/byte") else f"{words} ({unit})"
 
 
 def _rows_line(suite: Mapping[str, Any]) -> str:
