@@ -29,8 +29,22 @@ def report_page(report: Mapping[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
+def console_table(report: Mapping[str, Any]) -> str:
+    """Returns figures and differences of every suite as plain text, for the end of a run."""
+    parts = []
+    for suite in report["suites"]:
+        parts += [f"{suite['name']} ({KINDS[suite['kind']]})", *_aligned(*_figures(suite, report["models"])), ""]
+        if any(metric["differences"] for metric in suite["metrics"].values()):
+            parts += [*_aligned(*_differences(suite)), ""]
+    return "\n".join(parts).rstrip()
+
+
 def figure_table(suite: Mapping[str, Any], models: Sequence[str]) -> list[str]:
     """Lines of a table with a row per metric and a column per model."""
+    return table(*_figures(suite, models))
+
+
+def _figures(suite: Mapping[str, Any], models: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, metric in suite["metrics"].items():
         cells = []
@@ -40,11 +54,15 @@ def figure_table(suite: Mapping[str, Any], models: Sequence[str]) -> list[str]:
             undecided = metric["undecided"].get(model)
             cells.append(f"{cell} ({undecided} undecided)" if undecided and figure else cell)
         rows.append([_label(name, metric["unit"]), *cells])
-    return table(["", *models], rows)
+    return ["", *models], rows
 
 
 def difference_table(suite: Mapping[str, Any]) -> list[str]:
     """Lines of a table with a row per metric and a column per pair of models."""
+    return table(*_differences(suite))
+
+
+def _differences(suite: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     pairs = list(
         dict.fromkeys(
             (one["model"], one["minus"]) for metric in suite["metrics"].values() for one in metric["differences"]
@@ -55,7 +73,7 @@ def difference_table(suite: Mapping[str, Any]) -> list[str]:
         found = {(one["model"], one["minus"]): one for one in metric["differences"]}
         cells = [difference_text(found[pair], metric["unit"]) if pair in found else "no verdict" for pair in pairs]
         rows.append([_label(name, metric["unit"]), *cells])
-    return table(["", *(f"{later} − {earlier}" for later, earlier in pairs)], rows)
+    return ["", *(f"{later} − {earlier}" for later, earlier in pairs)], rows
 
 
 def gate_table(gates: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -148,6 +166,13 @@ def _rows_line(suite: Mapping[str, Any]) -> str:
 
 def _sample_table(samples: Sequence[Mapping[str, Any]], models: Sequence[str]) -> list[str]:
     return table(["question", *models], [[one["question"], *(one["answers"][m] for m in models)] for one in samples])
+
+
+def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(line[column]) for line in (head, *rows)) for column in range(len(head))]
+    return [
+        "  " + "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in (head, *rows)
+    ]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -26,7 +26,7 @@ from posttrain.evaluation.suites import RowScore, Suite, Talker, score, table
 from posttrain.models.lineage import lineage_of
 from posttrain.models.load import load_policy
 from posttrain.recipe import schema
-from posttrain.report.markdown import headline, report_page
+from posttrain.report.markdown import console_table, headline, report_page
 from posttrain.stages.context import Context, Summary
 from posttrain.stages.setup import Machine, model_folder, set_up
 from posttrain.stages.sources import source_spec
@@ -69,7 +69,7 @@ def run(config: schema.Evaluate, context: Context) -> Summary:
     files = write_report(context.folder, report, suites, scores)
     failed = [_failure(gate) for gate in report["gates"] if not gate["passed"]]
     figures = {table["name"]: table["metrics"] for table in report["suites"]}
-    return Summary(headline(report), files, metrics=figures, failed=failed)
+    return Summary(headline(report), files, metrics=figures, failed=failed, table=console_table(report))
 
 
 def _check_names(config: schema.Evaluate) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from posttrain.errors import StageError
+from posttrain.errors import StageError, UserError
 from posttrain.models.hub import fetch_model
 from posttrain.models.load import DTYPES
 from posttrain.recipe.schema import Runtime
@@ -54,6 +54,13 @@ def _check_processes(runtime: Runtime, stage: str) -> None:
     wanted, got = runtime.num_processes * runtime.num_machines, int(os.environ.get("WORLD_SIZE", "1"))
     if wanted != got:
         raise StageError(stage, f"{got} processes started, the recipe asks for {wanted}", "check how it is launched")
+    if wanted > 1 or runtime.accelerate_config:
+        # Splitting a step over ranks is not built: each would train on all of it, and all would write one folder.
+        raise UserError(
+            f"{stage}: runtime",
+            f"asks for {wanted} processes (accelerate_config: {runtime.accelerate_config})",
+            "this version trains on one device: set num_processes to 1 and leave accelerate_config out",
+        )
 
 
 def model_folder(given: ModelInput) -> Path:
