@@ -110,15 +110,15 @@ class Artifact:
         path = folder / RECORD
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            found = data["format"]
+            record = Record(**data) if found == FORMAT else None
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, UnicodeDecodeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise CheckpointError(str(path), f"damaged record ({error})", "move the folder aside and rerun") from None
-        if data.get("format") != FORMAT:
-            raise CheckpointError(
-                str(path), f"record format {data.get('format')}", f"this version reads format {FORMAT}"
-            )
-        return cls(folder, Record(**data))
+        if record is None:
+            raise CheckpointError(str(path), f"record format {found}", f"this version reads format {FORMAT}")
+        return cls(folder, record)
 
 
 def sha256(path: Path) -> str:

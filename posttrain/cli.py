@@ -76,6 +76,7 @@ def run(
 def check(recipe: RecipeArgument, runs_dir: RunsDir = DEFAULT_RUNS, overrides: Overrides = None) -> None:
     """Check a recipe without running it: its settings, its inputs, and what a run would do."""
     from posttrain.pipeline.plan import plan
+    from posttrain.pipeline.preflight import preflight
 
     loaded = _load(recipe, overrides)
     planned = plan(loaded, runs_dir / loaded.recipe.name)
@@ -89,6 +90,7 @@ def check(recipe: RecipeArgument, runs_dir: RunsDir = DEFAULT_RUNS, overrides: O
     typer.echo()
     _show_plan(planned)
     planned.refuse()
+    preflight(loaded, planned)
 
 
 @app.command()

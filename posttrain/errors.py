@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class PosttrainError(Exception):
     """An error with a place, a finding and a remedy; our own fault unless a subclass says otherwise.
@@ -34,13 +36,13 @@ class RecipeError(UserError):
 
 
 class RecipeErrors(UserError):
-    """Every problem of a recipe at once.
+    """Every problem of a recipe, or of the files that it names, at once.
 
     Args:
         problems: at least one, in the order of their lines.
     """
 
-    def __init__(self, problems: list[RecipeError]) -> None:
+    def __init__(self, problems: Sequence[UserError]) -> None:
         self.problems = problems
         first = problems[0]
         super().__init__(first.where, first.found, first.todo)

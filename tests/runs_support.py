@@ -45,9 +45,11 @@ class Project:
         self.run_dir = self.runs / "demo"
         (folder / "base").mkdir(parents=True)
         (folder / "base/config.json").write_text('{"model_type": "llama"}')
-        (folder / "base/model.safetensors").write_text("weights")
+        header = b'{"w": {"dtype": "U8", "shape": [7], "data_offsets": [0, 7]}}'
+        (folder / "base/model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"weights")
+        (folder / "base/tokenizer.model").write_text("not read: fakes do not chat")
         (folder / "chat.jinja").write_text("{{ messages }}")
-        (folder / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+        (folder / "chat.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
         (folder / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
         self.recipe = folder / "recipe.yaml"
         self.recipe.write_text(RECIPE)

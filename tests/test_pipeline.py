@@ -333,6 +333,7 @@ def test_evaluation_identity_holds_columns_suites_and_gates(project: Project) ->
     extra = """  report:
     kind: evaluate
     models: {base: ./base, aligned: "@aligned"}
+    chat_template: ./chat.jinja
     suites: [{name: pairs, kind: preference, data: [{path: ./pairs.jsonl}]}]
     require: [{suite: pairs, metric: accuracy, model: aligned, min: 0.5}]
 """

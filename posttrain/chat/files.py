@@ -19,7 +19,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ChatError(str(path), "is missing", "save the model folder again") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ChatError(str(path), f"damaged ({error})", "save or download the folder again") from None
     if not isinstance(value, dict):
         raise ChatError(str(path), f"holds a {type(value).__name__}, not an object", "save the folder again")

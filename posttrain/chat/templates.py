@@ -99,12 +99,11 @@ def load_template(name_or_path: str, base_dir: Path) -> ChatTemplate:
 
     Raises:
         UserError: no bundled template of that name (the nearest are suggested).
-        ChatError: the file is missing, empty or no text.
+        ChatError: the file is missing, empty, no text, or no Jinja (with the line).
     """
     if "/" not in name_or_path and not name_or_path.endswith(_SUFFIXES):
         return _load_bundled(name_or_path)
-    path = base_dir / Path(name_or_path).expanduser()
-    return recognise(_read(path), path.name)
+    return _read_own(base_dir / Path(name_or_path).expanduser())
 
 
 def read_folder_template(folder: Path) -> ChatTemplate | None:
@@ -115,7 +114,7 @@ def read_folder_template(folder: Path) -> ChatTemplate | None:
     """
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return recognise(_read(path), path.name)
+        return _read_own(path)
     config = folder / "tokenizer_config.json"
     if not config.is_file():
         return None
@@ -137,7 +136,32 @@ def own_template(value: Any, where: str) -> ChatTemplate | None:
         if "default" not in value:
             raise ChatError(where, f"templates {', '.join(value)}, none called default", "name one as chat_template")
         value = value["default"]
-    return recognise(value, "the model's own") if value else None
+    if not value:
+        return None
+    _check_syntax(value, f"{where}, chat_template")
+    return recognise(value, "the model's own")
+
+
+def choose_template(folder: Path, chosen: str | None, base_dir: Path, where: str, settled: bool) -> ChatTemplate:
+    """Returns the template that a model folder is trained with: the chosen one, else its own.
+
+    Args:
+        chosen: bundled name or file; None = the model's own.
+        where: place of the choice in the recipe.
+        settled: the model was trained with its own template here; another one is refused.
+
+    Raises:
+        ChatError: no template anywhere, or another than the settled one.
+    """
+    own = read_folder_template(folder)
+    if chosen is None:
+        if own is None:
+            raise ChatError(where, f"absent, and {folder.name} has no template of its own", "name one, e.g. chatml")
+        return own
+    template = load_template(chosen, base_dir)
+    if settled and own is not None and template.digest != own.digest:
+        raise ChatError(where, f"{template.name} is not the template {folder.name} was trained with", "leave it out")
+    return template
 
 
 def recognise(source: str, name: str) -> ChatTemplate:
@@ -159,6 +183,27 @@ def _load_bundled(name: str) -> ChatTemplate:
     facts = yaml.safe_load(path.with_suffix(".yaml").read_text(encoding="utf-8"))
     frozen: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
     return ChatTemplate(name, _read(path), TemplateFacts(**frozen))
+
+
+def _read_own(path: Path) -> ChatTemplate:
+    text = _read(path)
+    _check_syntax(text, str(path))
+    return recognise(text, path.name)
+
+
+def _check_syntax(source: str, where: str) -> None:
+    """Raises ChatError at the line where a text is no Jinja template."""
+    import jinja2.sandbox
+
+    # Marks are transformers' own tag; replaced in place, they leave the line numbers as they are.
+    plain = _MARK.sub(lambda mark: "{% endif %}" if mark[2] else "{% if true %}", source)
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        environment.compile(plain)
+    except jinja2.TemplateSyntaxError as error:
+        raise ChatError(f"{where}:{error.lineno}", f"not Jinja ({error.message})", "correct the template") from None
+    except RecursionError:
+        raise ChatError(where, "nested too deeply to be read as Jinja", "is this a chat template?") from None
 
 
 def _read(path: Path) -> str:

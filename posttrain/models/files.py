@@ -10,7 +10,10 @@ from typing import Any
 from posttrain.errors import CheckpointError
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
-_INDEX = "model.safetensors.index.json"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules")
+_OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")
 _AGAIN = "the folder is incomplete: copy, download or train it again"
 
 
@@ -24,22 +27,33 @@ def tensor_header(path: Path) -> dict[str, Any]:
         raise CheckpointError(str(path), "is missing", _AGAIN)
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if start == b"version ":  # what stands in its place where the large files were not fetched
+            raise CheckpointError(str(path), "is a Git LFS pointer, not the file", "fetch it: git lfs pull")
         if size < 8 or length > size - 8:
             raise CheckpointError(str(path), f"holds {size} bytes, less than its header", _AGAIN)
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, UnicodeDecodeError):
-            raise CheckpointError(str(path), "is not a safetensors file (no readable header)", _AGAIN) from None
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        text = file.read(length)
+    try:
+        header: dict[str, Any] = json.loads(text)
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        odd = [name for name, entry in header.items() if not _fits(entry)]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(str(path), "is not a safetensors file (no readable header)", _AGAIN) from None
     if size != 8 + length + end:
         raise CheckpointError(str(path), f"holds {size} bytes where its header promises {8 + length + end}", _AGAIN)
-    for name, entry in header.items():
-        wanted = math.prod(entry["shape"]) * _BYTES.get(entry["dtype"], 0)
-        if wanted and wanted != entry["data_offsets"][1] - entry["data_offsets"][0]:
-            raise CheckpointError(str(path), f"{name} does not have the bytes of its shape {entry['shape']}", _AGAIN)
+    if odd:
+        shape = header[odd[0]]["shape"]
+        raise CheckpointError(str(path), f"{odd[0]} does not have the bytes of its shape {shape}", _AGAIN)
     return header
+
+
+def _fits(entry: dict[str, Any]) -> bool:
+    """Whether a tensor's bytes are those of its shape; a dtype that is not known here fits."""
+    begin, end = entry["data_offsets"]
+    width = _BYTES.get(entry["dtype"])
+    return width is None or math.prod(entry["shape"]) * width == end - begin
 
 
 def model_tensors(folder: Path) -> dict[str, list[int]]:
@@ -48,15 +62,34 @@ def model_tensors(folder: Path) -> dict[str, list[int]]:
     Raises:
         CheckpointError: no weights, a missing or truncated shard, a tensor that its shard does not hold.
     """
-    index = folder / _INDEX
-    if not index.exists():
-        return {name: entry["shape"] for name, entry in tensor_header(folder / "model.safetensors").items()}
-    weight_map: dict[str, str] = read_json(index).get("weight_map", {})
+    weights, index = folder / _WEIGHTS, folder / _INDEX
+    if weights.exists() or not index.exists():  # as transformers: a single file goes before an index
+        _refuse_other_formats(weights)
+        return {name: entry["shape"] for name, entry in tensor_header(weights).items()}
+    weight_map = _weight_map(index)
     headers = {name: tensor_header(folder / name) for name in sorted(set(weight_map.values()))}
     for tensor, shard in weight_map.items():
         if tensor not in headers[shard]:
             raise CheckpointError(str(folder / shard), f"does not hold {tensor}, which the index promises", _AGAIN)
     return {tensor: headers[shard][tensor]["shape"] for tensor, shard in weight_map.items()}
+
+
+def _refuse_other_formats(weights: Path) -> None:
+    """Says so where weights lie in the folder, but not as safetensors."""
+    found = sorted(path.name for pattern in _OTHER_FORMATS for path in weights.parent.glob(pattern))
+    if found and not weights.exists():
+        todo = "convert it with transformers: from_pretrained(...).save_pretrained(...) writes safetensors"
+        raise CheckpointError(str(weights), f"is missing, there is only {found[0]}, which is never read", todo)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(str(index), "has no weight_map", _AGAIN)
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name:  # an index must not point out of its folder
+            raise CheckpointError(str(index), f"{name!r} is no file name", _AGAIN)
+    return weight_map
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -65,7 +98,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(str(path), "is missing", _AGAIN) from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(str(path), f"is not JSON ({error})", _AGAIN) from None
     if not isinstance(value, dict):
         raise CheckpointError(str(path), f"holds a {type(value).__name__}, not an object", _AGAIN)
@@ -102,14 +135,15 @@ def verify_tokenizer_files(folder: Path) -> None:
 
 def verify_adapter_files(folder: Path) -> None:
     """Checks config and weights of an adapter folder: readable, not empty."""
-    config = read_json(folder / "adapter_config.json")
+    config = read_json(folder / _ADAPTER)
+    where = str(folder / _ADAPTER)
     if config.get("peft_type") != "LORA":
         found = f"peft_type {config.get('peft_type')!r}"
-        raise CheckpointError(
-            str(folder / "adapter_config.json"), found, "only LoRA adapters can be continued or merged"
-        )
-    if not tensor_header(folder / "adapter_model.safetensors"):
-        raise CheckpointError(str(folder / "adapter_model.safetensors"), "holds no tensor", _AGAIN)
+        raise CheckpointError(where, found, "only LoRA adapters can be continued or merged")
+    if missing := [name for name in _SETTINGS if name not in config]:
+        raise CheckpointError(where, f"lacks {', '.join(missing)}", _AGAIN)
+    if not tensor_header(folder / _ADAPTER_WEIGHTS):
+        raise CheckpointError(str(folder / _ADAPTER_WEIGHTS), "holds no tensor", _AGAIN)
 
 
 def verify_adapter_fits(adapter: Path, base: Path) -> None:
@@ -119,14 +153,21 @@ def verify_adapter_fits(adapter: Path, base: Path) -> None:
         CheckpointError: the adapter was made for another base; names the first module that differs.
     """
     shapes = model_tensors(base)
-    for name, entry in tensor_header(adapter / "adapter_model.safetensors").items():
+    transposed = bool(read_json(adapter / _ADAPTER).get("fan_in_fan_out"))  # Conv1D stores (in, out)
+    file = adapter / _ADAPTER_WEIGHTS
+    factors = tensor_header(file)
+    for name, entry in factors.items():
         module, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
         if part not in ("A.weight", "B.weight"):
             continue
         weight = shapes.get(f"{module}.weight")
         if weight is None:
-            raise CheckpointError(str(adapter), f"changes {module}, which {base} does not have", "give its own base")
+            raise CheckpointError(str(file), f"changes {module}, which {base} does not have", "give its own base")
         axis = 1 if part == "A.weight" else 0
-        if len(weight) == 2 and entry["shape"][axis] != weight[axis]:
-            found = f"{name} is {entry['shape']}, the base's weight {weight}"
-            raise CheckpointError(str(adapter), f"was made for another base: {found}", f"give the base of {adapter}")
+        shape = entry["shape"]
+        if len(weight) == len(shape) == 2 and shape[axis] != weight[1 - axis if transposed else axis]:
+            found = f"{name} is {shape}, the base's weight {weight}"
+            raise CheckpointError(str(file), f"was made for another base: {found}", f"give the base of {adapter}")
+        other = name.replace(".lora_A.", ".lora_B.") if axis else name.replace(".lora_B.", ".lora_A.")
+        if other not in factors:
+            raise CheckpointError(str(file), f"holds {name} without {other}", _AGAIN)

@@ -53,8 +53,8 @@ class Lineage:
 
 
 def _link_dict(link: Link, run_dir: Path) -> dict[str, Any]:
-    inside = link.folder.is_relative_to(run_dir)
-    folder = str(link.folder.relative_to(run_dir)) if inside else str(link.folder)
+    place, run_dir = link.folder.resolve(), run_dir.resolve()  # either may be spelled through a symbolic link
+    folder = str(place.relative_to(run_dir)) if place.is_relative_to(run_dir) else str(place)
     return {"folder": folder, "label": link.label, "fingerprint": link.fingerprint}
 
 

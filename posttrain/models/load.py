@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -64,10 +65,25 @@ def load_base(
             bnb_4bit_compute_dtype=dtype,
         )
         options["device_map"] = {"": device}
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    _check_loaded(folder, loaded)
     if quantization:
         _keep_unpacked(model)
     return model if quantization else model.to(device)
+
+
+def _check_loaded(folder: Path, loaded: dict[str, Any]) -> None:
+    """Refuses what transformers would fill with random weights after a warning."""
+    wrong = [
+        f"{name} is {list(found)}, the config asks for {list(wanted)}"
+        for name, found, wanted in loaded["mismatched_keys"]
+    ]
+    lacking = [f"{name} is missing from its weights" for name in sorted(loaded["missing_keys"])]
+    if problems := [*sorted(wrong), *lacking]:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckpointError(str(folder), problems[0] + more, "copy, download or train the checkpoint again")
 
 
 def _keep_unpacked(model: PreTrainedModel) -> None:
@@ -106,10 +122,13 @@ def _put_frozen(model: Any, folder: Path, name: str, base: Path) -> PeftModel:
     verify_adapter_fits(folder, base)
     if isinstance(model, PeftModel):
         model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
-        return model
-    wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
-    _answer_for_own_adapters(wrapped)
-    return wrapped
+    else:
+        model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
+    _answer_for_own_adapters(model)
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and name in module.lora_dropout:
+            module.lora_dropout[name] = torch.nn.Identity()  # a frozen adapter is a function, in training too
+    return model
 
 
 def _answer_for_own_adapters(model: PeftModel) -> None:

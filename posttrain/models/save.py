@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
+from posttrain.artifact import write_atomically
 from posttrain.errors import StageError
-from posttrain.models.files import verify_adapter_files, verify_model_files
+from posttrain.models.files import read_json, verify_adapter_files, verify_model_files
 from posttrain.models.load import TRAINED
 
 
 def save_full(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    """Saves a whole model in `dtype`; the live model keeps its own."""
-    config, kept = model.config, model.config.dtype
-    config.dtype = dtype
-    state = {
-        name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor for name, tensor in _state(model)
-    }
-    model.save_pretrained(folder, state_dict=state)
-    config.dtype = kept
+    """Saves a whole model in `dtype`; the live model keeps its own. Tied weights are written once."""
+    model.save_pretrained(folder, state_dict=_cast(model.state_dict(), dtype))
+    config = read_json(folder / "config.json")
+    config["dtype"] = str(dtype).removeprefix("torch.")  # transformers writes the live model's
+    write_atomically(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     readable(folder)
 
 
-def _state(model: PreTrainedModel):
-    return model.state_dict().items()
+def _cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Casts a state dict; names that share one tensor share its cast, by which transformers knows a tie."""
+    cast: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+    for tensor in state.values():
+        key = (tensor.data_ptr(), tuple(tensor.shape))
+        if key not in cast:
+            cast[key] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+    return {name: cast[tensor.data_ptr(), tuple(tensor.shape)] for name, tensor in state.items()}
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -51,7 +57,7 @@ def verify_saved_model(model: PreTrainedModel, folder: Path) -> None:
         StageError: naming the tensor.
     """
     verify_model_files(folder)
-    live = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    live = _shapes_on_disk(model)
     seen: set[str] = set()
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -61,9 +67,14 @@ def verify_saved_model(model: PreTrainedModel, folder: Path) -> None:
                 if tuple(tensor.shape) != live.get(name):
                     raise StageError(str(path), f"{name} was saved as {tuple(tensor.shape)}, not {live.get(name)}")
                 seen.add(name)
-    tied = {name for name in live if name.startswith("lm_head") and model.config.get_text_config().tie_word_embeddings}
-    if missing := sorted(live.keys() - seen - tied):
+    if missing := sorted(live.keys() - seen - set(model.all_tied_weights_keys)):
         raise StageError(str(folder), f"{missing[0]} was not saved")
+
+
+def _shapes_on_disk(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor by the name it has in a checkpoint: transformers fuses experts in memory only."""
+    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
 
 
 def verify_saved_adapter(folder: Path) -> None:

@@ -14,9 +14,10 @@ import yaml
 from posttrain.artifact import Artifact, move_aside, publish_folder, write_atomically
 from posttrain.console import Console, State
 from posttrain.errors import Interrupted, StageError, UserError
-from posttrain.launch import Interruption, attend, forkable, interruptible, locked, start
+from posttrain.launch import LOCK, Interruption, attend, forkable, interruptible, locked, start
 from posttrain.pipeline.inputs import JOB
 from posttrain.pipeline.plan import Plan, StagePlan, has_checkpoints, partial_of, plan
+from posttrain.pipeline.preflight import Validated, preflight
 from posttrain.recipe.load import LoadedRecipe
 from posttrain.stages.fork_server import ForkServer
 from posttrain.stages.provenance import versions
@@ -41,7 +42,7 @@ class Request:
 def run_recipe(loaded: LoadedRecipe, runs_dir: Path, request: Request, console: Console) -> None:
     """Plans a recipe and runs what its run folder lacks.
 
-    A mistake of the user's that is found before any stage ran leaves no folder behind.
+    A mistake of the user's that is found before any stage ran leaves every folder as it was.
 
     Raises:
         UserError: the folder is in use, the recipe was changed, or an input cannot be used.
@@ -49,28 +50,36 @@ def run_recipe(loaded: LoadedRecipe, runs_dir: Path, request: Request, console: 
         Interrupted: the user stopped the run; the same recipe goes on from there.
     """
     run_dir = runs_dir / loaded.recipe.name
-    planned, new_parent = None, not runs_dir.exists()
-    if not run_dir.exists():
-        planned = request.plan(loaded, run_dir)  # before the folder exists: a mistake leaves nothing behind
-        run_dir.mkdir(parents=True)
-    fresh = planned is not None
+    ready = None
+    if not (run_dir / LOCK).exists():
+        ready = _prepare(loaded, run_dir, request)  # before the folder exists: a mistake leaves nothing behind
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    run_dir.mkdir(parents=True, exist_ok=True)
     try:
         with locked(run_dir) as lock:
-            planned = planned or request.plan(loaded, run_dir)
-            planned.refuse()
+            planned, validated = ready or _prepare(loaded, run_dir, request)
             with interruptible() as asked:
-                _Run(planned, loaded, console, lock, asked).all()
+                _Run(planned, validated, loaded, console, lock, asked).all()
     except UserError:
-        if fresh and not any(path.is_dir() for path in run_dir.iterdir()):
+        if made and not any(path.is_dir() for path in run_dir.iterdir()):
             shutil.rmtree(run_dir)
-            if new_parent and not any(runs_dir.iterdir()):
-                runs_dir.rmdir()
+            for folder in made[1:]:
+                if not any(folder.iterdir()):
+                    folder.rmdir()
         raise
+
+
+def _prepare(loaded: LoadedRecipe, run_dir: Path, request: Request) -> tuple[Plan, Validated]:
+    """Plans a run and checks its inputs; raises what makes it impossible."""
+    planned = request.plan(loaded, run_dir)
+    planned.refuse()
+    return planned, preflight(loaded, planned)
 
 
 @dataclass
 class _Run:
     plan: Plan
+    validated: Validated
     loaded: LoadedRecipe
     console: Console
     lock: int
@@ -101,6 +110,7 @@ class _Run:
                 raise Interrupted(str(run_dir), "stopped between two stages")
             self._one(stage)
             self.plan.cache.save()
+            self.validated.save()
 
     def _move_aside(self, folders: Iterable[Path]) -> None:
         for folder in folders:

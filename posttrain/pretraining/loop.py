@@ -202,6 +202,9 @@ class SpineCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self._snapshot(state.global_step)
+        # A short run has a line too; and a run resumed from a checkpoint averages over the same steps.
+        if control.should_save or state.global_step in (1, state.max_steps):
+            control.should_log = True
         if self.loop.should_stop() and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
         return control

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,13 @@ from posttrain.recipe.schema import Dpo, Evaluate, Gate, Pretrain, Publish, Sft,
 from posttrain.recipe.yaml12 import KeyPath
 
 _PAIRS = ("auto", "preference", "transcript_pair")
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]*")
+METRICS = {
+    "bits_per_byte": ("bits_per_byte",),
+    "preference": ("accuracy", "accuracy_per_token", "margin", "chosen_logp", "rejected_logp"),
+    "generate": ("answer_tokens",),
+}
+"""Kind of a suite -> the figures it has; of `generate`, beside one for each check."""
 
 
 def check_stage(name: str, stage: Stage) -> Iterator[Problem]:
@@ -59,6 +67,8 @@ def _check_suites(path: KeyPath, stage: Evaluate) -> Iterator[Problem]:
         here = (*path, "suites", index)
         if suite.name in names:
             yield Problem((*here, "name"), f"a second suite is named {suite.name!r}", "give it another name")
+        if not _FILE_NAME.fullmatch(suite.name):
+            yield Problem((*here, "name"), f"{suite.name!r} cannot name a file", "use letters, digits, `.`, `_`, `-`")
         names.add(suite.name)
         if suite.checks and suite.kind != "generate":
             yield Problem((*here, "checks"), f"a suite of kind {suite.kind} generates nothing", "set kind: generate")
@@ -72,16 +82,32 @@ def _check_checks(path: KeyPath, suite: Suite) -> Iterator[Problem]:
         if check.name in names:
             yield Problem((*here, "name"), f"a second check is named {check.name!r}", "give it another name")
         names.add(check.name)
-        if check.kind != "stops" and check.field is None and check.value is None:
+        if check.kind == "stops" and (check.field or check.value) is not None:
+            yield Problem(here, "a check of kind stops compares with nothing", "remove field and value")
+        elif check.kind == "regex" and check.value is not None and (wrong := _regex_error(check.value)):
+            yield Problem((*here, "value"), f"{check.value!r} is no regular expression: {wrong}", "correct it")
+        elif check.kind != "stops" and check.field is None and check.value is None:
             yield Problem(here, f"a check of kind {check.kind} has nothing to compare with", "give field or value")
         elif check.field is not None and check.value is not None:
             yield Problem(here, "gives both field and value", "keep one of them")
 
 
+def _regex_error(pattern: str) -> str:
+    """What is wrong with a regular expression, or nothing."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return str(error)
+    return ""
+
+
 def _check_gate(path: KeyPath, gate: Gate, stage: Evaluate) -> Iterator[Problem]:
-    suites = [suite.name for suite in stage.suites]
+    suites = {suite.name: [*(check.name for check in suite.checks), *METRICS[suite.kind]] for suite in stage.suites}
     if gate.suite not in suites:
-        yield Problem((*path, "suite"), f"there is no suite {gate.suite!r}", nearest(gate.suite, suites))
+        yield Problem((*path, "suite"), f"there is no suite {gate.suite!r}", nearest(gate.suite, list(suites)))
+    elif gate.metric not in suites[gate.suite]:
+        todo = nearest(gate.metric, suites[gate.suite])
+        yield Problem((*path, "metric"), f"{gate.suite} has no figure {gate.metric!r}", todo)
     for key, model in (("model", gate.model), ("minus", gate.minus)):
         if model is not None and model not in stage.models:
             yield Problem((*path, key), f"there is no model {model!r} in `models`", nearest(model, list(stage.models)))

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.chat.contract import EndOfTurn, agree, control_tokens, end_of_turn, required_tokens_missing
-from posttrain.chat.templates import ChatTemplate, load_template, read_folder_template
+from posttrain.chat.templates import ChatTemplate, choose_template
 from posttrain.chat.tokenizer import load_any_tokenizer
 from posttrain.errors import ChatError
 from posttrain.models.lineage import Lineage
 from posttrain.stages.context import Context
+from posttrain.stages.parents import template_is_settled
 
 
 @dataclass(frozen=True)
@@ -40,25 +41,13 @@ def open_chat(parents: Lineage, chosen: str | None, context: Context) -> Chat:
     """
     folder = (parents.adapters[-1] if parents.adapters else parents.base).folder
     tokenizer = load_any_tokenizer(folder)
-    own = read_folder_template(folder)
     where = f"stages.{context.stage}.chat_template"
-    if chosen is None and own is None:
-        raise ChatError(where, f"absent, and {folder.name} has no template of its own", "name one, e.g. chatml")
-    template = own if chosen is None else load_template(chosen, context.recipe_dir)
-    assert template is not None
-    if own is not None and template.digest != own.digest and _trained_by_us(context):
-        raise ChatError(
-            where, f"{template.name} is not the template {context.inputs['model'].ref} was trained with", "leave it out"
-        )
+    settled = template_is_settled(context.inputs["model"].artifact)
+    template = choose_template(folder, chosen, context.recipe_dir, where, settled)
     if missing := required_tokens_missing(tokenizer, template):
         lacks = ", ".join(map(repr, missing))
         raise ChatError(where, f"{template.name} needs {lacks}, which the tokenizer lacks", "choose another template")
     return Chat(tokenizer, template, end_of_turn(tokenizer, template))
-
-
-def _trained_by_us(context: Context) -> bool:
-    artifact = context.inputs["model"].artifact
-    return artifact is not None and artifact.record.kind in ("sft", "dpo", "merge")
 
 
 def settle(chat: Chat, model: Any, context: Context) -> None:

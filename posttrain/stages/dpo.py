@@ -20,11 +20,12 @@ from posttrain.recipe.schema import Dpo
 from posttrain.stages.context import Context, Summary
 from posttrain.stages.conversation import Chat, open_chat, settle
 from posttrain.stages.outputs import model_files, write_ledger, write_probe_rows
+from posttrain.stages.parents import resolve_method
 from posttrain.stages.prepare import Prepared, Refused, Schedule, Tokenised, prepare, schedule_rows
 from posttrain.stages.run_loop import run_loop, training_metrics
 from posttrain.stages.setup import Machine, assert_trainable, model_folder, set_up
 from posttrain.stages.sft import prove_saved, save_policy
-from posttrain.stages.trainable import Policy, load_trainable, resolve_method
+from posttrain.stages.trainable import Policy, load_trainable
 from posttrain.training.dpo import SpineDpoTrainer, build_dpo_trainer, dpo_step
 from posttrain.training.limits import Limits, piece_limits
 from posttrain.training.pairs import Pair, pad_pairs

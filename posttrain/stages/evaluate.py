@@ -18,7 +18,6 @@ from posttrain.chat.contract import end_of_turn
 from posttrain.chat.templates import ChatTemplate, load_template, read_folder_template
 from posttrain.chat.tokenizer import load_any_tokenizer
 from posttrain.data.read import read_source
-from posttrain.data.shapes import Want
 from posttrain.errors import ChatError, UserError
 from posttrain.evaluation.gates import GateRule, check_gates, judge
 from posttrain.evaluation.questions import CheckRule, check_rules, read_questions
@@ -29,9 +28,8 @@ from posttrain.recipe import schema
 from posttrain.report.markdown import console_table, headline, report_page
 from posttrain.stages.context import Context, Summary
 from posttrain.stages.setup import Machine, model_folder, set_up
-from posttrain.stages.sources import source_spec
+from posttrain.stages.sources import WANTED, source_spec
 
-WANTED: dict[str, Want] = {"bits_per_byte": "text", "preference": "pair", "generate": "raw"}
 SAMPLES = 8
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]*")
 

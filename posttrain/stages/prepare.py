@@ -86,6 +86,10 @@ def prepare(
     ledger.check_dropped(data.max_dropped)
     if not any(rows):
         raise DataError(", ".join(names), "no row can be trained on", "see the reasons in the ledger, lengths first")
+    if not any(share.wanted for share in shares if share.available):
+        raise DataError(
+            ", ".join(names), "no row is left of an epoch at these weights", "raise `weight`, or set `rows`"
+        )
     return Prepared(names, rows, shares, ledger)
 
 
@@ -139,7 +143,7 @@ def schedule_rows(prepared: Prepared[T], trainer: dict[str, Any], seed: int) -> 
     batch, most = trainer["global_batch_size"], _max_steps(trainer)
     per_epoch = sum(share.wanted for share in prepared.shares if share.available)
     epochs = most * batch / per_epoch if most > 0 else float(trainer["num_train_epochs"])
-    items = draw_items(prepared.shares, seed, epochs)
+    items = _some(draw_items(prepared.shares, seed, epochs), prepared)
     order = Order(items, plan_steps(len(items), batch, most))
     return Schedule(order, lambda step: prepared.at(order.of_step(step)))
 
@@ -149,15 +153,32 @@ def schedule_wrapped(prepared: Prepared[Row], trainer: dict[str, Any], seed: int
     batch, most = trainer["global_batch_size"], _max_steps(trainer)
     first = epoch_rows(prepared.shares, seed, 0)
     _count_cuts(prepared, first, length)
-    tokens = sum(map(len, prepared.at(first)))
-    epochs = -(-most * batch * length // tokens) if most > 0 else float(trainer["num_train_epochs"])
-    items = draw_items(prepared.shares, seed, epochs)
+    if most > 0:
+        items = _draw_tokens(prepared, seed, most * batch * length)
+    else:
+        items = _some(draw_items(prepared.shares, seed, float(trainer["num_train_epochs"])), prepared)
     rows, members = wrap(prepared.at(items), length)
     cuts = plan_steps(len(rows), batch, most)
     held = [np.unique(np.concatenate([members[i] for i in range(a, b)])) for a, b in pairwise(cuts)]
     offsets = np.cumsum([0, *map(len, held)], dtype=np.int64)
     order = Order(items[np.concatenate(held).astype(np.int64)], offsets)
     return Schedule(order, lambda step: rows[cuts[step] : cuts[step + 1]])
+
+
+def _draw_tokens(prepared: Prepared[Row], seed: int, tokens: int) -> np.ndarray:
+    """Whole epochs until they hold `tokens` tokens; epochs differ in length where a weight is no whole number."""
+    parts: list[np.ndarray] = []
+    held = 0
+    while held < tokens:
+        parts.append(epoch_rows(prepared.shares, seed, len(parts)))
+        held += sum(map(len, prepared.at(parts[-1])))
+    return np.concatenate(parts)
+
+
+def _some(items: np.ndarray, prepared: Prepared[Any]) -> np.ndarray:
+    if not len(items):
+        raise DataError(", ".join(prepared.names), "num_train_epochs leaves no row to train on", "raise it")
+    return items
 
 
 def _count_cuts(prepared: Prepared[Row], items: np.ndarray, length: int) -> None:

@@ -19,10 +19,11 @@ from posttrain.recipe.schema import Sft
 from posttrain.stages.context import Context, Summary
 from posttrain.stages.conversation import Chat, open_chat, save_chat, settle
 from posttrain.stages.outputs import model_files, write_ledger, write_probe_rows
+from posttrain.stages.parents import resolve_method
 from posttrain.stages.prepare import Prepared, Refused, Tokenised, prepare, schedule_rows, schedule_wrapped
 from posttrain.stages.run_loop import run_loop, training_metrics
 from posttrain.stages.setup import Machine, assert_trainable, model_folder, set_up
-from posttrain.stages.trainable import Policy, load_trainable, resolve_method
+from posttrain.stages.trainable import Policy, load_trainable
 from posttrain.training.limits import piece_limits
 from posttrain.training.sft import build_sft_trainer, sft_step
 

@@ -6,7 +6,18 @@ from pathlib import Path
 
 from posttrain.data.read import SourceSpec, locate
 from posttrain.data.select import SelectSpec
+from posttrain.data.shapes import Want
 from posttrain.recipe.schema import Source
+
+WANTED: dict[str, Want] = {
+    "pretrain": "text",
+    "sft": "chat",
+    "dpo": "pair",
+    "bits_per_byte": "text",
+    "preference": "pair",
+    "generate": "raw",
+}
+"""Kind of a stage or suite -> the rows that it reads."""
 
 
 def source_spec(source: Source, recipe_dir: Path) -> SourceSpec:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,50 +51,6 @@ class Policy:
         if not self.is_adapter:
             return Lineage(own).as_dict(context.run_dir)
         return self.parents.grown(own, self.quantization).as_dict(context.run_dir)
-
-
-def resolve_method(method: Method | None, parents: Lineage, stage: str) -> Method:
-    """Fills in the method of a `dpo` stage that names none: full on a full model, the parent's shape on an adapter.
-
-    Raises:
-        RecipeError: the method does not fit the parent.
-    """
-    where = f"stages.{stage}.method"
-    if method is None:
-        return _parents_method(parents) if parents.adapters else Method.model_validate("full")
-    if method.kind == "full" and parents.adapters:
-        raise RecipeError(where, "full on top of an adapter", "merge the adapter first and train the merged model")
-    if method.kind == "continue" and not parents.adapters:
-        raise RecipeError(where, "continue, but the model is not an adapter", "use lora, qlora, dora or full")
-    if parents.quantization and method.kind in ("lora", "dora"):
-        raise RecipeError(where, f"{method.kind} above an adapter trained on a 4-bit base", "use qlora, or merge first")
-    if parents.adapters and method.kind == "qlora" and not parents.quantization:
-        raise RecipeError(where, "qlora above an adapter trained on an unquantised base", "use lora, or merge first")
-    return method
-
-
-def _parents_method(parents: Lineage) -> Method:
-    """The shape of the newest parent adapter; its token rows stay with it."""
-    config = json.loads((parents.adapters[-1].folder / "adapter_config.json").read_text(encoding="utf-8"))
-    target = config["target_modules"]
-    settings: dict[str, Any] = {
-        "r": config["r"],
-        "lora_alpha": config["lora_alpha"],
-        "lora_dropout": config["lora_dropout"],
-        "target_modules": sorted(target) if isinstance(target, list) else target,
-        "use_rslora": config["use_rslora"],
-        "rank_pattern": config["rank_pattern"],
-        "alpha_pattern": config["alpha_pattern"],
-        "trainable_tokens": "none",
-    }
-    if parents.quantization:
-        quantization = parents.quantization
-        settings |= {
-            "bnb_4bit_quant_type": quantization.quant_type,
-            "bnb_4bit_use_double_quant": quantization.double_quant,
-        }
-        return Method.model_validate({"qlora": settings})
-    return Method.model_validate({"dora" if config.get("use_dora") else "lora": settings})
 
 
 def load_trainable(

@@ -12,11 +12,12 @@ from trl import DPOConfig, DPOTrainer
 from posttrain.errors import StageError
 from posttrain.pretraining.loop import Piece, Spine, Step
 from posttrain.pretraining.packing import cut_step
+from posttrain.training.head import use_plain_head
 from posttrain.training.packed_view import PackedView
 from posttrain.training.pairs import Pair, pad_pairs
-from posttrain.training.sft import placeholder_dataset, restore_dtypes, show_head_bias, trainable_dtypes
+from posttrain.training.sft import placeholder_dataset, restore_weights, show_head_bias, trainable_weights
 
-COUPLED = frozenset({"aot", "aot_unpaired", "bco_pair", "sft"})
+COUPLED = frozenset({"aot", "aot_unpaired", "sft"})
 """Loss types in which the pairs of a batch act on one another: a step with one of them is never cut."""
 
 
@@ -44,6 +45,11 @@ class SpineDpoTrainer(Spine, DPOTrainer):
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset  # rows come from the loop, tokenised by us
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The loop's step inside TRL's context for offloaded activations, which TRL's own method would enter."""
+        with self.maybe_activation_offload_context:
+            return super().training_step(*args, **kwargs)
 
     def piece_loss(self, model, tensors: dict, share: float, step: Step) -> torch.Tensor:
         """Mean loss of the piece's pairs, weighted by its share of the step's pairs."""
@@ -90,7 +96,7 @@ def build_dpo_trainer(
         arguments: from `posttrain.pretraining.arguments.trainer_arguments`.
         row_tokens: capacity of a packed row.
     """
-    dtypes = trainable_dtypes(model)
+    weights = trainable_weights(model)
     show_head_bias(model)
     args = DPOConfig(**arguments | {"disable_dropout": True, "precompute_ref_log_probs": False})
     trainer = SpineDpoTrainer(
@@ -101,10 +107,19 @@ def build_dpo_trainer(
         processing_class=tokenizer,
         data_collator=lambda batch: batch,
     )
-    restore_dtypes(model, dtypes)
+    restore_weights(model, weights)
+    use_plain_head(model, squares=trainer.use_weighting)
+    _silence_attention(model)
     trainer.precompute_ref_logps = True  # read the reference from the batch
     trainer.row_tokens = row_tokens
     return trainer
+
+
+def _silence_attention(model: torch.nn.Module) -> None:
+    """Switches off the dropout that attention applies by a number: TRL's `disable_dropout` looks for modules only."""
+    for module in model.modules():
+        if "attention_dropout" in vars(module):
+            module.attention_dropout = 0.0
 
 
 def dpo_step(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from posttrain.artifact import fingerprint
+from posttrain.errors import StageError
 from posttrain.training.dpo import SpineDpoTrainer
 from posttrain.training.limits import Limits
 from posttrain.training.pairs import Pair, pad_pairs
@@ -50,7 +51,10 @@ def reference_logps(
         cache: path of the [N, 2] float32 `.npy`; its name carries `reference_key`.
 
     Returns:
-        [N, 2] fp32: chosen, rejected.
+        [N, 2] fp32: chosen, rejected; NaN where `should_stop` came before it.
+
+    Raises:
+        StageError: a log-prob that is not finite.
     """
     table = _open_table(cache, len(pairs))
     missing = [int(index) for index in np.flatnonzero(np.isnan(table).any(axis=1))]
@@ -60,6 +64,12 @@ def reference_logps(
         if should_stop():
             break
         logps = trainer.policy_logps(pad_pairs([pairs[index] for index in batch], pad_id))
+        if not logps.isfinite().all():
+            raise StageError(
+                "reference log-probs",
+                "the model's log-probs are not finite",
+                "use precision bf16 or fp32; check the model",
+            )
         table[batch] = logps.numpy()
         done += len(batch)
         events("phase", text=f"reference log-probs {done}/{len(pairs)}")

@@ -13,13 +13,20 @@ from trl import SFTConfig, SFTTrainer
 from posttrain.pretraining.loop import Piece, Spine, Step
 from posttrain.pretraining.packing import cut_step, stack
 from posttrain.pretraining.rows import Row
+from posttrain.training.head import use_plain_head
 
 
 class SpineSftTrainer(Spine, SFTTrainer):
     """TRL's SFT loss (fused head, no full logits) under our loop; normalised by the step's supervised tokens."""
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The loop's step inside TRL's context for offloaded activations, which TRL's own method would enter."""
+        with self.maybe_activation_offload_context:
+            return super().training_step(*args, **kwargs)
+
     def piece_loss(self, model, tensors: dict, share: float, step: Step) -> torch.Tensor:
         """Negative log-likelihood of the piece's supervised tokens over those of the whole step."""
+        self.current_gradient_accumulation_steps = len(step.pieces)  # TRL averages a router's loss over them
         count = torch.tensor(step.supervised, device=self.args.device)
         return self.compute_loss(model, tensors, num_items_in_batch=count)
 
@@ -30,11 +37,11 @@ def build_sft_trainer(
     """Builds the trainer without letting TRL touch data, dtypes or tokenizer.
 
     Args:
-        model: loaded and wrapped by us; trainable parameters keep the dtype they come with (TRL would
-            cast adapters on a quantised base to bf16).
+        model: loaded and wrapped by us; trainable parameters keep the values and the dtype they come with
+            (TRL would round adapters on a quantised base to bf16).
         arguments: from `posttrain.pretraining.arguments.trainer_arguments`.
     """
-    dtypes = trainable_dtypes(model)
+    weights = trainable_weights(model)
     show_head_bias(model)
     trainer = SpineSftTrainer(
         model=model,
@@ -43,7 +50,8 @@ def build_sft_trainer(
         processing_class=tokenizer,
         data_collator=lambda batch: batch,
     )
-    restore_dtypes(model, dtypes)
+    restore_weights(model, weights)
+    use_plain_head(model)
     return trainer
 
 
@@ -62,16 +70,16 @@ def placeholder_dataset() -> Dataset:
     return Dataset.from_dict({"input_ids": [[0, 0]], "labels": [[0, 0]]})
 
 
-def trainable_dtypes(model: torch.nn.Module) -> dict[str, torch.dtype]:
-    """Dtype of every parameter that takes a gradient."""
-    return {name: param.dtype for name, param in model.named_parameters() if param.requires_grad}
+def trainable_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of all parameters that take a gradient, not copied."""
+    return {name: param.data for name, param in model.named_parameters() if param.requires_grad}
 
 
-def restore_dtypes(model: torch.nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Casts parameters back to what they were before a trainer changed them, values included where exact."""
+def restore_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Gives back their tensors to parameters that a trainer has cast: casting back would not undo the rounding."""
     for name, param in model.named_parameters():
-        if name in dtypes and param.dtype != dtypes[name]:
-            param.data = param.data.to(dtypes[name])
+        if name in weights and param.dtype != weights[name].dtype:
+            param.data = weights[name].to(param.device)
 
 
 def sft_step(rows: list[Row], pad_id: int, row_tokens: int, tokens: int, documents: int | None) -> Step:

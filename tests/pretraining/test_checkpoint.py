@@ -62,7 +62,9 @@ def test_one_that_was_interrupted_is_never_resumed_from(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-2" / "weights").read_text() == "whole"
 
 
-def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def killed(folder: Path) -> None:
         (Path(folder) / "weights").unlink()
         raise KeyboardInterrupt

@@ -58,7 +58,7 @@ def test_a_source_of_one_row_at_half_its_weight_is_kept() -> None:
 def test_the_draw_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
     shares = [Share(20, weight=1.5), Share(9)]
     first = epoch_rows(shares, 1, 0)
-    np.random.seed(5)  # noqa: NPY002  the global stream has no part in it
+    np.random.seed(5)  # the global stream has no part in it
     assert np.array_equal(first, epoch_rows(shares, 1, 0))
     assert not np.array_equal(first, epoch_rows(shares, 2, 0))
     assert not np.array_equal(first, epoch_rows(shares, 1, 1))

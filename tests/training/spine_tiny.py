@@ -92,9 +92,7 @@ def make_pairs(count: int, seed: int = 0, longest: int = 14, empty_prompt: bool 
 def arguments(folder: Path, steps: int, **fields: Any) -> dict[str, Any]:
     """Arguments of a trainer on the CPU in fp32."""
     given = {"learning_rate": 1e-2, "logging_steps": 1, "save_steps": 1000, "gradient_checkpointing": False, **fields}
-    return trainer_arguments(
-        given, folder=folder, steps=steps, seed=1, precision="fp32", device="cpu", report_to=[]
-    )
+    return trainer_arguments(given, folder=folder, steps=steps, seed=1, precision="fp32", device="cpu", report_to=[])
 
 
 def make_loop(folder: Path, steps: int, make_step: Callable[[int], Step], **more: Any) -> Loop:
