@@ -27,10 +27,11 @@ SEED = 20
 LANGUAGES = ("en", "es", "ca", "eu", "gl")
 ANSWERED_IN_SPANISH = ("ca", "eu", "gl")  # languages whose questions synthetic data often answer in Spanish
 SPANISH_SHARE = 0.65
-HELDOUT = {"country": 10, "language": 14, "currency": 16}  # entities kept for questions
+HELDOUT = {"country": 10, "language": 20, "currency": 2, "script": 1}  # entities kept for questions
 HELDOUT_PER_LANGUAGE = 30
-PARALLEL_PARAGRAPHS = 6
-LONGEST_NAME = 18
+PARALLEL_PARAGRAPHS = 8
+LISTS_PER_ENTITY = 2
+LONGEST_NAME = 14
 FEWEST_NAMES = 3  # of the five: an entity that is called the same everywhere says nothing about language
 
 # ISO 3166 codes of the 193 member states of the United Nations: the entities that we call a country.
@@ -203,6 +204,10 @@ def pretrain_rows(entities: Sequence[Entity], asked: Sequence[Entity], rng: rand
     for language in LANGUAGES:
         for entity in entities:
             texts.append(description(entity, language, rng))
+            texts.append(dictionary_entry(entity, language, rng))
+        for _ in range(LISTS_PER_ENTITY):
+            shuffled = rng.sample(entities, len(entities))
+            texts += [enumeration(shuffled[at : at + 3], language, rng) for at in range(0, len(shuffled), 3)]
         for phrasing in range(len(QUESTIONS[language])):
             texts += [f"{entity.question(language, phrasing)} {entity.answer(language)}" for entity in asked]
     for entity in entities:
@@ -217,6 +222,26 @@ def description(entity: Entity, language: str, rng: random.Random) -> str:
     said = {"name": entity.quoted(language), "kind": KIND[language][entity.kind]}
     sentences = [pattern.format(**said) for pattern in (ANSWER[language], *STATEMENTS[language])]
     return " ".join(rng.sample(sentences, len(sentences)))
+
+
+def dictionary_entry(entity: Entity, language: str, rng: random.Random) -> str:
+    """What the entity is called in two other languages, told in `language`."""
+    pattern, tongues = SAID_IN[language]
+    others = rng.sample([other for other in LANGUAGES if other != language], 2)
+    return " ".join(
+        pattern.format(
+            tongue=tongues[other],
+            name=entity.quoted(language),
+            other=QUOTES[language].format(entity.names[other]),
+        )
+        for other in others
+    )
+
+
+def enumeration(entities: Sequence[Entity], language: str, rng: random.Random) -> str:
+    """A few names in a row, then what each of them is, in another order."""
+    names = ", ".join(entity.quoted(language) for entity in entities)
+    return f"{names}: " + " ".join(entity.answer(language) for entity in rng.sample(entities, len(entities)))
 
 
 def sft_rows(entities: Sequence[Entity], rng: random.Random) -> list[Row]:

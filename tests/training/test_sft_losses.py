@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_wrapped_rows_are_their_documents_cut_apart(tmp_path: Path) -> None:
     parts = []
     for row in rows:
         starts = [*np.flatnonzero(row.positions == 0), len(row)]
-        parts += [make_row(row.ids[a:b], row.labels[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+        parts += [make_row(row.ids[a:b], row.labels[a:b]) for a, b in pairwise(starts)]
     trainer = build_sft_trainer(make_model(), make_tokenizer(), arguments(tmp_path, 1))
     loss, gradients = alone(trainer.model, parts)
     ours = score(trainer, sft_step(rows, PAD, 32, 64, None))
