@@ -10,10 +10,11 @@ written, between the record and the rename). Victims are, in turn:
     stage   the process that works
     parent  the `posttrain run` process alone; its orphan must save and let go of the run's lock
     group   all processes of the run at once
-    server  the process that forks stages
+    server  the process that forks stages (and with it the stage at work)
 
-After every kill each folder under a final name must be complete and right; then the same command starts
-again. Exit code 0 when every final safetensors file (and data order) is the uninterrupted run's, else 1.
+A victim that does not live yet is waited for. After every kill each folder under a final name must be
+complete and right; then the same command starts again. Exit code 0 when every final safetensors file (and
+data order) is the uninterrupted run's, else 1.
 """
 
 from __future__ import annotations
@@ -117,8 +118,8 @@ def draw_moments(command: Command, count: int, rng: random.Random, seconds: floa
     return moments
 
 
-def reach(command: Command, moment: Moment) -> bool:
-    """Waits for a moment; False when the run ended first.
+def reach(command: Command, moment: Moment, victim: str) -> bool:
+    """Waits for a moment, and for its victim to live; False when the run ended first.
 
     A stage that an earlier start has finished does not begin again: the first that does stands for it.
     """
@@ -129,7 +130,9 @@ def reach(command: Command, moment: Moment) -> bool:
             began = command.started
         elif began is None and (command.run_dir / moment.stage).exists():
             began = min(command.began.values(), default=None)
-        return began is not None and time.time() >= began + moment.seconds
+        if began is None or time.time() < began + moment.seconds:
+            return False
+        return victim == "group" or victim in command.processes()
 
     return command.wait(there, str(moment))
 
@@ -167,7 +170,7 @@ def list_names(folder: Path) -> list[str]:
 def at_moment(command: Command, moment: Moment, victim: str) -> Kill | None:
     """Kills a victim at a moment; None when the run ended first."""
     command.start()
-    if not reach(command, moment):
+    if not reach(command, moment, victim):
         return None
     place = command.place()
     victim = command.kill(victim)
@@ -190,7 +193,7 @@ def at_point(command: Command, point: Point, victim: str) -> Kill | None:
     partial = command.run_dir / f"{point.stage}.partial"
     if (partial / "stage.json").exists() != (point.kind == "after_record"):
         raise Failure(f"{planned}: the stage did not die there\n{command.tail()}")
-    return Kill(command.runs.name, "stage", planned, command.place())
+    return Kill(command.runs.name, "stage", planned, point.stage)
 
 
 def interrupt(

@@ -67,7 +67,7 @@ class Command:
         """Waits for a good end, looking at its stages."""
         self.wait(lambda: False, "its end")
 
-    def wait(self, what: Callable[[], object], spelled: str, pause: float = 0.05) -> bool:
+    def wait(self, what: Callable[[], object], spelled: str, pause: float = 0.1) -> bool:
         """Waits until something holds, looking at the stages; False when the run came to its end first."""
 
         def over() -> bool:

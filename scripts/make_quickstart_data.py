@@ -27,11 +27,11 @@ SEED = 20
 LANGUAGES = ("en", "es", "ca", "eu", "gl")
 ANSWERED_IN_SPANISH = ("ca", "eu", "gl")  # languages whose questions synthetic data often answer in Spanish
 SPANISH_SHARE = 0.65
-HELDOUT = {"country": 10, "language": 20, "currency": 2, "script": 1}  # entities kept for questions
+HELDOUT = {"country": 20, "language": 20, "currency": 20, "script": 6}  # entities kept for questions
 HELDOUT_PER_LANGUAGE = 30
-PARALLEL_PARAGRAPHS = 8
-LISTS_PER_ENTITY = 2
-LONGEST_NAME = 14
+PARALLEL_PARAGRAPHS = 2
+DESCRIPTIONS = 2
+LONGEST_NAME = 18
 FEWEST_NAMES = 3  # of the five: an entity that is called the same everywhere says nothing about language
 
 # ISO 3166 codes of the 193 member states of the United Nations: the entities that we call a country.
@@ -69,12 +69,19 @@ KIND = {  # what an entity is, as the end of a sentence
         "script": "un sistema de escritura",
     },
 }
-ANSWER = {
+STATEMENT = {
     "en": "{name} is {kind}.",
     "es": "{name} es {kind}.",
     "ca": "{name} és {kind}.",
     "eu": "{name} {kind} bat da.",
     "gl": "{name} é {kind}.",
+}
+ANSWER = {  # five different strings for every kind: an answer shows its language
+    "en": "It is {kind}.",
+    "es": "Es {kind}.",
+    "ca": "És {kind}.",
+    "eu": "{kind} bat da.",
+    "gl": "É {kind}.",
 }
 QUESTIONS = {
     "en": ("What is {}?", "Tell me what {} is.", "Can you explain what {} is?", "I would like to know what {} is."),
@@ -125,9 +132,14 @@ class Entity:
     def quoted(self, language: str) -> str:
         return QUOTES[language].format(self.names[language])
 
+    def statement(self, language: str) -> str:
+        """What it is, as a sentence of `language` that names it."""
+        return STATEMENT[language].format(name=self.quoted(language), kind=KIND[language][self.kind])
+
     def answer(self, language: str) -> str:
         """The full answer to "What is it?" in `language`."""
-        return ANSWER[language].format(name=self.quoted(language), kind=KIND[language][self.kind])
+        text = ANSWER[language].format(kind=KIND[language][self.kind])
+        return text[0].upper() + text[1:]
 
     def question(self, language: str, phrasing: int) -> str:
         return QUESTIONS[language][phrasing].format(self.quoted(language))
@@ -178,70 +190,39 @@ def name_keys(entity: Entity) -> set[tuple[str, str]]:
     return {(language, name.casefold()) for language, name in entity.names.items()}
 
 
-def all_distinct(entity: Entity) -> bool:
-    """Whether name and full answer are five different strings, so that an answer shows its language."""
-    names = {name.casefold() for name in entity.names.values()}
-    answers = {entity.answer(language) for language in LANGUAGES}
-    return len(names) == len(answers) == len(LANGUAGES)
+def shows_language(entity: Entity, language: str) -> bool:
+    """Whether the name in `language` is another string than in the other four."""
+    return all(entity.names[language].casefold() != entity.names[o].casefold() for o in LANGUAGES if o != language)
 
 
 def split_heldout(entities: Sequence[Entity], rng: random.Random) -> tuple[list[Entity], list[Entity]]:
-    """(known, held-out) entities; every held-out one has five different names."""
+    """(known, held-out) entities."""
     heldout = [
         entity
         for kind, count in HELDOUT.items()
-        for entity in rng.sample([e for e in entities if e.kind == kind and all_distinct(e)], count)
+        for entity in rng.sample([e for e in entities if e.kind == kind], count)
     ]
     return [entity for entity in entities if entity not in heldout], heldout
 
 
 def pretrain_rows(entities: Sequence[Entity], asked: Sequence[Entity], rng: random.Random) -> list[Row]:
-    """Short texts about every entity, held-out ones too, and questions with answers about `asked` only.
-
-    Of each entity: what it is in each language, what it is called in the others, all five side by side.
-    """
+    """Short texts about every entity, held-out ones too: what it is, in several phrasings and languages."""
     texts: list[str] = []
-    for language in LANGUAGES:
-        for entity in entities:
-            texts.append(description(entity, language, rng))
-            texts.append(dictionary_entry(entity, language, rng))
-        for _ in range(LISTS_PER_ENTITY):
-            shuffled = rng.sample(entities, len(entities))
-            texts += [enumeration(shuffled[at : at + 3], language, rng) for at in range(0, len(shuffled), 3)]
-        for phrasing in range(len(QUESTIONS[language])):
-            texts += [f"{entity.question(language, phrasing)} {entity.answer(language)}" for entity in asked]
     for entity in entities:
+        for language in LANGUAGES:
+            texts += [description(entity, language, rng) for _ in range(DESCRIPTIONS)]
         for _ in range(PARALLEL_PARAGRAPHS):
-            texts.append(" ".join(entity.answer(language) for language in rng.sample(LANGUAGES, len(LANGUAGES))))
+            texts.append(" ".join(entity.statement(language) for language in rng.sample(LANGUAGES, len(LANGUAGES))))
     rng.shuffle(texts)
     return [{"text": text} for text in texts]
 
 
 def description(entity: Entity, language: str, rng: random.Random) -> str:
-    """What the entity is, in three phrasings of one language."""
+    """What the entity is, in three of four phrasings of one language."""
     said = {"name": entity.quoted(language), "kind": KIND[language][entity.kind]}
-    sentences = [pattern.format(**said) for pattern in (ANSWER[language], *STATEMENTS[language])]
-    return " ".join(rng.sample(sentences, len(sentences)))
-
-
-def dictionary_entry(entity: Entity, language: str, rng: random.Random) -> str:
-    """What the entity is called in two other languages, told in `language`."""
-    pattern, tongues = SAID_IN[language]
-    others = rng.sample([other for other in LANGUAGES if other != language], 2)
-    return " ".join(
-        pattern.format(
-            tongue=tongues[other],
-            name=entity.quoted(language),
-            other=QUOTES[language].format(entity.names[other]),
-        )
-        for other in others
-    )
-
-
-def enumeration(entities: Sequence[Entity], language: str, rng: random.Random) -> str:
-    """A few names in a row, then what each of them is, in another order."""
-    names = ", ".join(entity.quoted(language) for entity in entities)
-    return f"{names}: " + " ".join(entity.answer(language) for entity in rng.sample(entities, len(entities)))
+    sentences = [pattern.format(**said) for pattern in (STATEMENT[language], *STATEMENTS[language])]
+    sentences.append(f"{entity.quoted(language)}. {entity.answer(language)}")
+    return " ".join(rng.sample(sentences, 3))
 
 
 def sft_rows(entities: Sequence[Entity], rng: random.Random) -> list[Row]:
@@ -271,13 +252,18 @@ def dpo_rows(entities: Sequence[Entity], rng: random.Random) -> list[Row]:
     return rows
 
 
-def heldout_rows(entities: Sequence[Entity], rng: random.Random) -> list[Row]:
-    """Questions about held-out entities, equally many per language."""
-    return [
-        heldout_row(entity, language, rng.randrange(4))
-        for language in LANGUAGES
-        for entity in rng.sample(entities, HELDOUT_PER_LANGUAGE)
-    ]
+def heldout_rows(entities: Sequence[Entity], rng: random.Random) -> tuple[list[Row], int]:
+    """Questions about held-out entities, equally many per language, and how many were left out.
+
+    Left out are questions whose name is the same string in another language: they do not show what they ask in.
+    """
+    rows, left_out = [], 0
+    for language in LANGUAGES:
+        fit = [entity for entity in entities if shows_language(entity, language)]
+        left_out += len(entities) - len(fit)
+        chosen = rng.sample(fit, min(HELDOUT_PER_LANGUAGE, len(fit)))
+        rows += [heldout_row(entity, language, rng.randrange(4)) for entity in chosen]
+    return rows, left_out
 
 
 def heldout_row(entity: Entity, language: str, phrasing: int) -> Row:
@@ -295,10 +281,9 @@ def heldout_row(entity: Entity, language: str, phrasing: int) -> Row:
 
 
 def language_regex(language: str) -> str:
-    """Matches an answer whose frame (all but the name) is `language`'s, and no other language's."""
-    name = QUOTES[language].format(".+")
+    """Matches an answer of any kind in `language`'s frame, and no other language's."""
     kinds = "(?:" + "|".join(KIND[language].values()) + ")"
-    return "^" + ANSWER[language].replace(".", r"\.").format(name=name, kind=kinds) + "$"
+    return "(?i)^" + ANSWER[language].replace(".", r"\.").format(kind=kinds) + "$"
 
 
 def user(text: str) -> Row:
@@ -317,11 +302,12 @@ def make(out: Path, seed: int) -> Row:
     """Write the four files under `out` and return the counts that the README states."""
     entities, left_out = read_entities()
     known, heldout = split_heldout(entities, random.Random(f"{seed}/split"))
+    questions, ambiguous = heldout_rows(heldout, random.Random(f"{seed}/heldout"))
     files = {
         "pretrain.jsonl": pretrain_rows(entities, known, random.Random(f"{seed}/pretrain")),
         "sft.jsonl": sft_rows(known, random.Random(f"{seed}/sft")),
         "dpo.jsonl": dpo_rows(known, random.Random(f"{seed}/dpo")),
-        "heldout.jsonl": heldout_rows(heldout, random.Random(f"{seed}/heldout")),
+        "heldout.jsonl": questions,
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
@@ -332,7 +318,7 @@ def make(out: Path, seed: int) -> Row:
         "entities": dict(Counter(entity.kind for entity in entities)),
         "entities_left_out": dict(left_out),
         "heldout_entities": dict(Counter(entity.kind for entity in heldout)),
-        "questions_left_out_as_same_string": len(LANGUAGES) * sum(not all_distinct(entity) for entity in entities),
+        "questions_left_out_as_same_string": ambiguous,
         "rows": {name: len(rows) for name, rows in files.items()},
     }
 

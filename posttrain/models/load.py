@@ -11,12 +11,14 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from posttrain.errors import CheckpointError, StageError
 from posttrain.models.files import verify_adapter_files, verify_adapter_fits, verify_model_files
 from posttrain.models.lineage import Lineage, Quantization
 
+_WRAPPED = r".*\.(original_module|modules_to_save|token_adapter)(\..*)?"
+"""Layers inside a parent's wrappers, an output head say: `all-linear` would take them for layers of their own."""
 TRAINED = "default"
 """Name of the adapter in training: peft saves it at the root of the folder."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -50,7 +52,10 @@ def load_base(
         CheckpointError: files missing or damaged.
     """
     verify_model_files(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config._attn_implementation = attn_implementation  # a folder's own word for it could name a kernel to fetch
     options: dict[str, Any] = {
+        "config": config,
         "dtype": dtype,
         "attn_implementation": attn_implementation,
         "local_files_only": True,
@@ -143,6 +148,10 @@ def _answer_for_own_adapters(model: PeftModel) -> None:
                 object.__setattr__(module, method, _only_own(module, getattr(module, method)))
 
 
+def _has_wrappers(model: torch.nn.Module) -> bool:
+    return any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
+
+
 def _only_own(module: AuxiliaryTrainingWrapper, answer: Callable[..., dict]) -> Callable[..., dict]:
     return lambda name, *rest: answer(name, *rest) if name in module._adapters else {}
 
@@ -175,6 +184,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, adapter: Adapter, token_rows
         alpha_pattern=adapter.alpha_pattern or {},
         modules_to_save=adapter.modules_to_save,
         trainable_token_indices=rows,
+        exclude_modules=_WRAPPED if adapter.target_modules == "all-linear" and _has_wrappers(model) else None,
     )
     if isinstance(model, PeftModel):
         parents = list(model.peft_config)

@@ -12,7 +12,7 @@ from typing import Any
 
 from posttrain.artifact import fingerprint
 from posttrain.chat.templates import load_template
-from posttrain.errors import UserError
+from posttrain.errors import ChatError, UserError
 from posttrain.pipeline.inputs import Input, Inputs
 from posttrain.recipe.load import LoadedRecipe
 from posttrain.recipe.schema import AnyStage, Dpo, Pretrain, Sft
@@ -119,7 +119,7 @@ def _resolve(config: dict[str, Any], inputs: Inputs, at: At) -> tuple[dict[str, 
         identity["suites"], job["suites"] = [one for one, _ in suites], [one for _, one in suites]
     if config.get("chat_template") is not None:
         job["chat_template"] = _template(config["chat_template"], inputs, at("chat_template"))
-        identity["chat_template"] = load_template(job["chat_template"], inputs.recipe_dir).digest
+        identity["chat_template"] = _template_digest(job["chat_template"], inputs, at("chat_template"))
     if config.get("to") is not None:
         job["to"] = str(Path(config["to"]).expanduser().absolute())
     return identity, job
@@ -138,3 +138,12 @@ def _template(name: str, inputs: Inputs, where: str) -> str:
     if "/" not in name and "." not in name:
         return name
     return str(inputs.path(Path(name), where))
+
+
+def _template_digest(name: str, inputs: Inputs, where: str) -> str:
+    try:
+        return load_template(name, inputs.recipe_dir).digest
+    except ChatError:
+        raise  # it names the template's file and line
+    except UserError as error:
+        raise UserError(where, f"{error.where}: {error.found}", error.todo) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,7 +87,8 @@ class Inputs:
         folder = self.path(found.path, where)
         if not folder.is_dir():
             raise CheckpointError(where, f"{folder} is a file", "name the folder of the model")
-        return Input(self._folder(folder, where), {"ref": ref, "folder": str(folder), "revision": None})
+        with _readable(where):
+            return Input(self._folder(folder, where), {"ref": ref, "folder": str(folder), "revision": None})
 
     def source(self, source: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Describes one data source, given as its dumped schema: returns (identity, settings for the job).
@@ -104,7 +106,8 @@ class Inputs:
             commit = self._commit(HubId(found, source.get("revision")), "dataset", where)
             return {**shown, "hub": found, "commit": commit}, {**source, "revision": commit}
         path = self.path(found, where)
-        return {**shown, "content": self._rows(path)}, {**source, "path": str(path)}
+        with _readable(where):
+            return {**shown, "content": self._rows(path)}, {**source, "path": str(path)}
 
     def path(self, path: Path, where: str) -> Path:
         """Returns a recipe's path made absolute; raises UserError when nothing is there."""
@@ -134,6 +137,16 @@ class Inputs:
     def _rows(self, path: Path) -> str:
         """Digest of the data files of a path: their bytes in order and their suffixes, never their names."""
         return fingerprint([["".join(file.suffixes), self.cache.digest(file)] for file in source_files(path)])
+
+
+@contextlib.contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """Turns what the system refuses to read into the user's error."""
+    try:
+        yield
+    except OSError as error:
+        found = f"{error.filename} cannot be read ({error.strerror})"
+        raise UserError(where, found, "check the file and its permissions") from None
 
 
 def _model_files(folder: Path) -> Iterator[Path]:

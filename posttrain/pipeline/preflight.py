@@ -45,6 +45,7 @@ class Validated:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._tried: set[str] = set()
         self._new: set[str] = set()
         try:
             self._known = set(json.loads(path.read_text(encoding="utf-8")))
@@ -53,10 +54,16 @@ class Validated:
 
     @contextlib.contextmanager
     def once(self, *what: Any) -> Iterator[bool]:
-        """Yields whether something is still to be checked; remembers it when the block raises nothing."""
+        """Yields whether something is still to be checked; remembers it when the block raises nothing.
+
+        What two stages share is checked, and refused, once.
+        """
         key = fingerprint([__version__, *what])
-        yield key not in self._known | self._new
-        self._new.add(key)
+        unknown = key not in self._known | self._tried
+        self._tried.add(key)
+        yield unknown
+        if unknown:
+            self._new.add(key)
 
     def save(self) -> None:
         """Writes what was found whole; silently gives up on a read-only place, as every cache."""

@@ -8,11 +8,12 @@ from typing import Any
 
 from posttrain.recipe.describe import nearest
 from posttrain.recipe.problems import Problem
-from posttrain.recipe.schema import Dpo, Evaluate, Gate, Pretrain, Publish, Sft, Snapshots, Stage, Suite
+from posttrain.recipe.schema import Dpo, Evaluate, Gate, Merge, Pretrain, Publish, Sft, Snapshots, Stage, Suite
 from posttrain.recipe.yaml12 import KeyPath
 
 _PAIRS = ("auto", "preference", "transcript_pair")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]*")
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:[KMG]I?B)?\s*", re.IGNORECASE)
 METRICS = {
     "bits_per_byte": ("bits_per_byte",),
     "preference": ("accuracy", "accuracy_per_token", "margin", "chosen_logp", "rejected_logp"),
@@ -37,8 +38,15 @@ def check_stage(name: str, stage: Stage) -> Iterator[Problem]:
         yield from _check_suites(path, stage)
         for index, gate in enumerate(stage.require):
             yield from _check_gate((*path, "require", index), gate, stage)
+    if isinstance(stage, Merge) and not _is_size(stage.max_shard_size):
+        yield Problem((*path, "max_shard_size"), f"{stage.max_shard_size!r} is no size", "write 5GB or 500MB")
     if isinstance(stage, Publish) and stage.hub is not None and len(stage.hub.split("/")) != 2:
         yield Problem((*path, "hub"), f"{stage.hub!r} is no hub repository", "write owner/name")
+
+
+def _is_size(text: str) -> bool:
+    match = _SIZE.fullmatch(text)
+    return match is not None and float(match[1]) > 0
 
 
 def _check_data(path: KeyPath, stage: Pretrain | Sft | Dpo) -> Iterator[Problem]:

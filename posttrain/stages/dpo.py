@@ -44,7 +44,7 @@ def run(config: Dpo, context: Context) -> Summary:
     schedule = schedule_rows(prepared, context.trainer, context.seed)
     write_ledger(context.folder, prepared.ledger)
     context.events("phase", text="loading the model")
-    policy = load_trainable(parents, method, machine, context, [])
+    policy = load_trainable(parents, method, machine, context, [], chat.tokenizer.get_vocab())
     settle(chat, policy.model, context)
     trained, total = assert_trainable(policy.model, context.stage)
     check_isolation(policy.model, len(chat.tokenizer))

@@ -47,7 +47,7 @@ def run(config: Sft, context: Context) -> Summary:
         schedule = schedule_rows(prepared, context.trainer, context.seed)
     write_ledger(context.folder, prepared.ledger)
     context.events("phase", text="loading the model")
-    policy = load_trainable(parents, method, machine, context, chat.control_ids)
+    policy = load_trainable(parents, method, machine, context, chat.control_ids, chat.tokenizer.get_vocab())
     settle(chat, policy.model, context)
     trained, total = assert_trainable(policy.model, context.stage)
     check_isolation(policy.model, len(chat.tokenizer))

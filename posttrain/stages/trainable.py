@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,22 @@ class Policy:
 
 
 def load_trainable(
-    parents: Lineage, method: Method, machine: Machine, context: Context, control_ids: list[int]
+    parents: Lineage,
+    method: Method,
+    machine: Machine,
+    context: Context,
+    control_ids: list[int],
+    vocabulary: Mapping[str, int],
 ) -> Policy:
     """Loads a stage's model with exactly what the method trains set trainable.
 
     Args:
         control_ids: ids of the control tokens that the template writes; those whose embedding row was never
             trained are trained beside the adapter (`trainable_tokens: auto`).
+        vocabulary: token -> id of the tokenizer, for tokens that the recipe names.
+
+    Raises:
+        RecipeError: another quantisation than the parent's, or named tokens that cannot be trained.
     """
     set_seed(context.seed)
     dtype, device, attention = machine.dtype, machine.device, machine.attn_implementation
@@ -75,7 +85,11 @@ def load_trainable(
     quantization = _quantization(settings, parents, context)
     stack = Lineage(parents.base, parents.adapters, quantization)
     model = load_policy(stack, dtype, device, attention)
-    rows = _token_rows(settings, model, parents, control_ids)
+    if isinstance(settings.trainable_tokens, list):
+        where = f"stages.{context.stage}.method.{method.kind}.trainable_tokens"
+        rows = _named_rows(settings.trainable_tokens, vocabulary, parents, where)
+    else:
+        rows = _token_rows(settings, model, parents, control_ids)
     adapter = Adapter(
         r=settings.r,
         lora_alpha=settings.lora_alpha,
@@ -108,14 +122,20 @@ def _quantization(settings: LoraSettings, parents: Lineage, context: Context) ->
 
 
 def _token_rows(settings: LoraSettings, model: Any, parents: Lineage, control_ids: list[int]) -> list[int]:
-    """Ids to train: named ones; or, by `auto`, control tokens that neither pretraining nor a parent has trained."""
+    """Ids to train by `auto`: control tokens that neither pretraining nor a parent has trained."""
     if settings.trainable_tokens == "none" or parents.adapters:
         return []
-    if settings.trainable_tokens == "auto":
-        known = _never_trained(parents.base.folder)
-        suspects = untrained_rows(model, control_ids) if known is None else [i for i in control_ids if i in known]
-        return sorted(suspects)
-    return sorted(control_ids)
+    known = _never_trained(parents.base.folder)
+    suspects = untrained_rows(model, control_ids) if known is None else [i for i in control_ids if i in known]
+    return sorted(suspects)
+
+
+def _named_rows(names: list[str], vocabulary: Mapping[str, int], parents: Lineage, where: str) -> list[int]:
+    if parents.adapters:
+        raise RecipeError(where, "names tokens, above an adapter", "merge it first: token rows train on a whole model")
+    if unknown := [name for name in names if name not in vocabulary]:
+        raise RecipeError(where, f"{unknown[0]!r} is no token of the tokenizer", "name tokens that it has")
+    return sorted({vocabulary[name] for name in names})
 
 
 def _never_trained(base: Path) -> set[int] | None:

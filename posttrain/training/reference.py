@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from posttrain.errors import StageError
 from posttrain.training.dpo import SpineDpoTrainer
 from posttrain.training.limits import Limits
 from posttrain.training.pairs import Pair, pad_pairs
+
+_TELL_SECONDS = 5.0
 
 
 def reference_key(policy: dict[str, Any], pairs: list[Pair]) -> str:
@@ -57,10 +60,12 @@ def reference_logps(
         StageError: a log-prob that is not finite.
     """
     table = _open_table(cache, len(pairs))
-    missing = [int(index) for index in np.flatnonzero(np.isnan(table).any(axis=1))]
-    missing.sort(key=lambda index: (-pairs[index].tokens, index))
-    done = len(pairs) - len(missing)
-    for batch in _batches(missing, pairs, limits):
+    longest_first = sorted(range(len(pairs)), key=lambda index: (-pairs[index].tokens, index))
+    done, told = 0, time.monotonic()
+    for batch in _batches(longest_first, pairs, limits):  # cut the same way however much is known: the same bits
+        if not np.isnan(table[batch]).any():
+            done += len(batch)
+            continue
         if should_stop():
             break
         logps = trainer.policy_logps(pad_pairs([pairs[index] for index in batch], pad_id))
@@ -72,7 +77,9 @@ def reference_logps(
             )
         table[batch] = logps.numpy()
         done += len(batch)
-        events("phase", text=f"reference log-probs {done}/{len(pairs)}")
+        if done == len(pairs) or time.monotonic() - told > _TELL_SECONDS:
+            told = time.monotonic()
+            events("phase", text=f"reference log-probs {done}/{len(pairs)}")
     table.flush()
     return torch.from_numpy(np.array(table))
 

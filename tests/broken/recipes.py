@@ -15,6 +15,11 @@ CHATS = "    data: {sources: [{path: ./chats.jsonl}], max_length: 64}\n"
 ALIGNED = '  aligned: {kind: merge, model: "@dpo"}\n'
 INSTRUCT = '  instruct: {kind: merge, model: "@sft"}\n'
 RELEASE = '  release: {kind: publish, model: "@aligned", report: "@report"}\n'
+THREE = """\
+  instruct: {kind: merge, model: "@more"} #!
+  more: {kind: dpo, model: "@other", method: lora, data: {sources: [{path: ./pairs.jsonl}]}}
+  other: {kind: merge, model: "@instruct"}
+"""
 CHECKS = "        checks: [{name: right, kind: any_of, field: answers}, {name: stops, kind: stops}]\n"
 GATE = "      - {suite: questions, metric: right, model: aligned, min: 0}\n"
 
@@ -22,7 +27,7 @@ TYPOS = [
     edited("recipe key", "seed: 1\n", "sead: 1\n", "sead", "unknown key `sead`"),
     edited("stage kind", "    kind: dpo\n", "    kind: dop\n", "stages.dpo.kind", "unknown kind 'dop'"),
     edited("stage key", "    model: ./base\n", "    model: ./base\n    chat_tmplate: x #!\n", "stages.sft.chat_tmplate", "unknown key"),
-    edited("trainer setting", BETA, "    trainer: {betta: 0.1}\n", "stages.dpo.trainer.betta", "unknown setting `betta`"),
+    edited("trainer setting", BETA, "    trainer: {betta: 0.1}\n", "stages.dpo.trainer.betta", "unknown setting"),
     edited("loss", BETA, "    trainer: {loss_type: [sigmiod]}\n", "stages.dpo.trainer.loss_type", "'sigmiod'"),
     edited("scheduler", RATE, "      lr_scheduler_type: cosin\n", "stages.sft.trainer.lr_scheduler_type", "'cosin'"),
     edited("method", METHOD, "    method: qlra\n", "stages.sft.method", "unknown method 'qlra'"),
@@ -55,17 +60,16 @@ REFERENCES = [
     edited("no such stage", ALIGNED, ALIGNED.replace("@dpo", "@dop"), "stages.aligned.model", "there is no stage `dop`"),
     edited("itself", ALIGNED, ALIGNED.replace("@dpo", "@aligned"), "stages.aligned.model", "in a circle: aligned -> aligned"),
     edited("circle of two", "    model: ./earlier/sft\n", '    model: "@aligned"\n', "stages.dpo.model", "in a circle: dpo -> aligned -> dpo"),
-    edited("circle of three", "    model: ./base\n", '    model: "@more" #!\n', "stages.sft.model", "in a circle: sft -> more -> instruct -> sft"),
-    edited("a report as a model", INSTRUCT, INSTRUCT.replace("@sft", "@release"), "stages.instruct.model", "@release leaves a published folder"),
+    edited("circle of three", INSTRUCT, THREE, "stages.instruct.model", "in a circle: instruct -> more -> other -> instruct"),
+    edited("a report as a model", RELEASE, RELEASE.replace("@aligned", "@report"), "stages.release.model", "@report leaves a report, not a model"),
     edited("a model as a report", RELEASE, RELEASE.replace("@report", "@dpo"), "stages.release.report", "@dpo leaves a model, not a report"),
-    edited("an adapter published", RELEASE, RELEASE.replace("@aligned", "@dpo"), "stages.release.model", "@dpo leaves an adapter"),
+    edited("an adapter published", RELEASE, RELEASE.replace("@aligned", "@sft"), "stages.release.model", "@sft leaves an adapter"),
     edited("nothing to merge", ALIGNED, ALIGNED.replace("@dpo", "@instruct"), "stages.aligned.model", "no adapter to merge"),
     edited("no such model in a gate", GATE, GATE.replace("aligned", "algned"), "stages.report.require[0].model", "no model 'algned'"),
     edited("no such suite in a gate", GATE, GATE.replace("questions", "question"), "stages.report.require[0].suite", "no suite 'question'"),
     edited("variable that is not set", "    model: ./base\n", '    model: "${NO_SUCH_VARIABLE}"\n', "stages.sft.model", "NO_SUCH_VARIABLE is not set"),
     edited("neither path nor id", "    model: ./base\n", "    model: base model\n", "stages.sft.model", "is neither a stage, a path nor a hub id"),
 ]  # fmt: skip
-_MORE = '  more:\n    kind: dpo\n    model: "@instruct"\n    method: full\n    data: {sources: [{path: ./pairs.jsonl}]}\n'
 
 
 def _bytes(data: bytes):

@@ -10,6 +10,7 @@ from posttrain.errors import UserError
 from posttrain.evaluation.gates import GateRule, check_gates, judge
 from posttrain.evaluation.questions import CheckRule
 from posttrain.evaluation.suites import Suite
+from posttrain.recipe.consistency import METRICS
 
 SUITE = Suite("qa", "generate", [], rules=(CheckRule("right", "exact", "answer"),))
 MODELS = ["base", "aligned"]
@@ -61,3 +62,10 @@ def test_gates_that_cannot_be_judged_are_refused(gate: GateRule, where: str, tod
         check_gates([gate], [SUITE], MODELS)
     assert caught.value.where == where
     assert todo in caught.value.todo
+
+
+@pytest.mark.parametrize("kind", ["bits_per_byte", "preference", "generate"])
+def test_recipes_know_the_figures_of_every_suite(kind: str) -> None:
+    rules = (CheckRule("right", "stops"),) if kind == "generate" else ()
+    units = Suite("suite", kind, [], rules=rules).units()
+    assert [name for name in units if name != "right"] == list(METRICS[kind])

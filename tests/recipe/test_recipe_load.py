@@ -159,7 +159,7 @@ class TestEnvironment:
 
 
 def test_the_redacted_recipe_reads_back_as_the_same(valid, tmp_path):
-    loaded = load_recipe(valid, ["description=$${X} 5e-6", "stages.aligned.max_shard_size='1e3'"], {})
+    loaded = load_recipe(valid, ["description=$${X} 5e-6", "stages.aligned.max_shard_size='1000'"], {})
     copy = tmp_path / "copy.yaml"
     copy.write_text(dump(loaded.redacted()))
     assert load_recipe(copy, env={}).recipe == loaded.recipe

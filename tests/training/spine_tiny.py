@@ -122,3 +122,8 @@ def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Te
     assert ours.keys() == theirs.keys()
     size = max(gradient.abs().max().item() for gradient in theirs.values())
     return max((ours[name] - theirs[name]).abs().max().item() for name in ours) / size
+
+
+def score_fields(output: Any) -> list[str]:
+    """The per-token fields of a fused head's output."""
+    return [name for name, value in vars(output).items() if isinstance(value, torch.Tensor)]

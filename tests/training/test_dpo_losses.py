@@ -78,12 +78,19 @@ def trl_score(trainer: SpineDpoTrainer, reference: Any, pairs: list[Pair]) -> tu
     return loss.item(), found
 
 
+def plain_trl(model: Any, before: Any, folder: Path, **fields: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of a copy of `model` against `before`, with TRL's own fused head on both."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("posttrain.training.dpo.use_plain_head", lambda *_, **__: False)
+        reference = trainer_for(copy.deepcopy(before), folder, **fields).model
+        return trl_score(trainer_for(copy.deepcopy(model), folder, **fields), reference, PAIRS)
+
+
 def compare(folder: Path, model: Any, before: Any, **fields: Any) -> None:
     """Asserts that our step is TRL's, against the reference `before`, whole and cut into pieces."""
-    view = trainer_for(copy.deepcopy(before), folder, **fields)  # builds TRL's fused head on the reference, too
-    references = own_references(view, PAIRS, folder)
+    loss, gradients = plain_trl(model, before, folder, **fields)
+    references = own_references(trainer_for(before, folder, **fields), PAIRS, folder)
     trainer = trainer_for(model, folder, **fields)
-    loss, gradients = trl_score(trainer, view.model, PAIRS)
     for tokens, most in ((9999, None), (LIMITS.tokens, LIMITS.documents)):
         step = dpo_step(PAIRS, references, PAD, tokens, most, list(trainer.loss_types))
         assert len(step.pieces) > 1 or most is None or COUPLED & set(trainer.loss_types)
@@ -179,12 +186,10 @@ class Leaking(PackedView):
 
 
 def test_a_leak_between_sequences_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = make_model(1)
-    references = own_references(trainer_for(reference, tmp_path), PAIRS, tmp_path)
+    loss, _ = plain_trl(make_model(0), make_model(1), tmp_path)
+    references = own_references(trainer_for(make_model(1), tmp_path), PAIRS, tmp_path)
     monkeypatch.setattr("posttrain.training.dpo.PackedView", Leaking)
     trainer = trainer_for(make_model(0), tmp_path)
-    view = trainer_for(copy.deepcopy(reference), tmp_path)
-    loss, _ = trl_score(trainer, view.model, PAIRS)
     assert abs(score(trainer, dpo_step(PAIRS, references, PAD, 9999, None, ["sigmoid"]))[0] / loss - 1) > 1e-3
 
 
