@@ -236,6 +236,4 @@ def move_aside(folder: Path, aside: Path) -> Path:
 
 def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Returns {"sha256", "bytes"} of files given relative to a folder, for a record."""
-    return {
-        name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in sorted(names)
-    }
+    return {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in sorted(names)}

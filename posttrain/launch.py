@@ -59,8 +59,11 @@ def interruptible() -> Iterator[Interruption]:
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[int]:
+def locked(run_dir: Path, signed: bool = True) -> Iterator[int]:
     """Holds the lock of an existing run folder and yields its descriptor, which stages inherit.
+
+    Args:
+        signed: write at once who holds it; otherwise the holder calls `sign` when it begins to change something.
 
     Raises:
         UserError: another run holds it, or a stage of one that is still stopping.
@@ -76,11 +79,17 @@ def locked(run_dir: Path) -> Iterator[int]:
                 f"another run is using this folder (started by process {holder})",
                 "wait for it to end, or stop it; the lock is free once its last stage process is gone",
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        if signed:
+            sign(descriptor)
         yield descriptor
     finally:
         os.close(descriptor)  # never unlocked by hand: a stage that outlives us still holds it
+
+
+def sign(lock: int) -> None:
+    """Writes into a lock that this process holds it."""
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
 
 
 def stage_environment(runtime: Mapping[str, Any], base: Mapping[str, str]) -> dict[str, str]:

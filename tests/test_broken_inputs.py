@@ -123,6 +123,7 @@ def test_the_whole_project_passes(whole: Path, tmp_path: Path, monkeypatch: pyte
         run_here(*WORDS, "--quiet")
 
 
+@pytest.mark.contract(number=12)
 @pytest.mark.usefixtures("nothing_starts")
 @pytest.mark.parametrize("case", ALL)
 def test_one_error_and_no_trace(

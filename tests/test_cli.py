@@ -75,6 +75,7 @@ def test_a_run_that_only_skips_and_a_refusal_load_nothing_heavy(finished: Projec
         assert not modules & set(HEAVY)
 
 
+@pytest.mark.contract(number=12)
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [

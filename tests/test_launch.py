@@ -89,6 +89,7 @@ def checkpoint(project: Project, stage: str, step: int) -> Path:
     return project.run_dir / f"{stage}.partial/checkpoints/step-{step}"
 
 
+@pytest.mark.contract(number=1)
 @pytest.mark.parametrize("victim", ["stage", "parent", "group"])
 def test_kill_9_at_any_moment_loses_no_more_than_the_work_since_a_checkpoint(
     slow: Project, expected: dict[str, str], victim: str
@@ -114,6 +115,7 @@ def test_kill_9_at_any_moment_loses_no_more_than_the_work_since_a_checkpoint(
     assert outcome(slow) == expected
 
 
+@pytest.mark.contract(number=1)
 @pytest.mark.parametrize("point", ["before_record", "after_record"])
 def test_kill_9_between_record_and_rename(project: Project, expected: dict[str, str], point: str) -> None:
     killed = project.shell(POSTTRAIN_KILL_AT=f"dpo:{point}")

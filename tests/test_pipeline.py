@@ -33,6 +33,7 @@ def prints(project: Project, *overrides: str) -> dict[str, str]:
     return {stage.stage: stage.fingerprint for stage in planned(project, *overrides).stages}
 
 
+@pytest.mark.contract(number=2)
 def test_a_second_run_skips_everything(project: Project) -> None:
     assert set(actions(project).values()) == {"run"}
     project.go()
@@ -43,6 +44,7 @@ def test_a_second_run_skips_everything(project: Project) -> None:
     assert project.fingerprints() == prints(project)
 
 
+@pytest.mark.contract(number=2)
 def test_a_change_is_refused_with_its_one_field_and_redo_runs_what_depends_on_it(finished: Project) -> None:
     before = {stage: finished.value(stage) for stage in finished.stages_run()}
     tree = finished.tree()
@@ -60,6 +62,7 @@ def test_a_change_is_refused_with_its_one_field_and_redo_runs_what_depends_on_it
     assert set(actions(finished, BETA).values()) == {"skip"}
 
 
+@pytest.mark.contract(number=2)
 def test_a_change_upstream_lists_every_stage_below(finished: Project) -> None:
     refused = {stage.stage: stage for stage in planned(finished, "stages.sft.method.lora.r=8").refused}
     assert refused["sft"].differences == (("stages.sft.method.lora.r", 4, 8),)
@@ -79,6 +82,7 @@ def test_recipe_wide_fields_are_named_as_in_the_recipe(finished: Project) -> Non
     assert [stage.differences for stage in refused] == [(("precision", "fp32", "bf16"),)] * 4
 
 
+@pytest.mark.contract(number=3)
 @pytest.mark.parametrize(
     "override",
     [
@@ -97,6 +101,7 @@ def test_execution_and_spelled_out_defaults_leave_fingerprints_alone(project: Pr
     assert prints(project, override) == prints(project)
 
 
+@pytest.mark.contract(number=3)
 @pytest.mark.parametrize(
     ("override", "changed"),
     [
@@ -116,6 +121,7 @@ def test_what_changes_a_result_changes_fingerprints_from_there_on(
     assert {stage for stage in old if old[stage] != new[stage]} == changed
 
 
+@pytest.mark.contract(number=3)
 def test_paths_and_names_leave_fingerprints_alone(project: Project) -> None:
     old = prints(project)
     (project.folder / "data").mkdir()
@@ -300,6 +306,7 @@ def test_tables_are_shown_at_the_end_skipped_or_not(project: Project, monkeypatc
     assert project.go().endswith("\ntable of sft\n")
 
 
+@pytest.mark.contract(number=12)
 def test_a_mistake_found_by_the_first_stage_leaves_nothing(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE", "sft=user")
     tree = project.tree()

@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from broken.whole import CHATS, PAIRS, RECIPE, make_whole, write_rows
+from broken.whole import PAIRS, RECIPE, make_whole, write_rows
+from runs_support import Project
 
 from posttrain.errors import RecipeErrors, UserError
 from posttrain.pipeline import preflight as module
@@ -77,10 +78,9 @@ def test_what_was_found_whole_is_not_read_again(folder: Path, reads: list[str]) 
 
 
 def test_settings_that_change_the_verdict_are_judged_again(folder: Path, reads: list[str]) -> None:
-    write_rows(folder / "chats.jsonl", [*CHATS[:19], {"prompt": "q", "completion": ""}])
+    rows = [{"prompt": "q", "completion": "a"}] * 19 + [{"prompt": "q", "completion": ""}]
+    write_rows(folder / "chats.jsonl", rows)
     recipe = folder / "recipe.yaml"
-    same_shape = [{"prompt": "q", "completion": "a"}] * 19 + [{"prompt": "q", "completion": ""}]
-    write_rows(folder / "chats.jsonl", same_shape)
     for limit, accepted in (("0.05", True), ("0.04", False)):
         recipe.write_text(RECIPE.replace("./chats.jsonl}]", f"./chats.jsonl}}], max_dropped: {limit}"))
         if accepted:
@@ -103,6 +103,19 @@ def test_a_suite_reads_no_further_than_it_uses(folder: Path) -> None:
         check(folder)
     recipe.write_text(RECIPE.replace("max_new_tokens: 4", "max_rows: 1"))
     check(folder)
+
+
+def test_a_refusal_changes_nothing_in_a_run_that_is_there(finished: Project) -> None:
+    def tree() -> dict[Path, tuple[int, bytes]]:
+        files = [path for path in finished.folder.rglob("*") if path.is_file()]
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+    write_rows(finished.folder / "pairs.jsonl", [*PAIRS, BAD_PAIR])
+    before = tree()
+    for redo, said in ((("dpo",), "no column `rejected`"), ((), "does not match what was run")):
+        with pytest.raises(UserError, match=said):
+            finished.go(redo=redo)
+    assert tree() == before
 
 
 def test_a_damaged_memory_is_read_again(folder: Path, reads: list[str]) -> None:

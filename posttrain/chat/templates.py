@@ -212,5 +212,6 @@ def _read(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ChatError(str(path), f"cannot be read ({error})", "give a bundled name or a .jinja file") from None
     if not text.strip() or len(text) > _MAX_CHARS:
-        raise ChatError(str(path), f"{len(text)} characters", "a chat template is a Jinja text of 1 to 200,000")
+        found = f"{len(text):,} characters" if text.strip() else "holds no text"
+        raise ChatError(str(path), found, "a chat template is a Jinja text of 1 to 200,000")
     return text

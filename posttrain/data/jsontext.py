@@ -28,7 +28,8 @@ def parse_json(text: str) -> Any:
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
-        raise BadJson(f"not valid JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
+        message = error.msg.removesuffix(" at")  # "Unterminated string starting at"
+        raise BadJson(f"not valid JSON ({message} at line {error.lineno}, column {error.colno})") from None
     except RecursionError:
         raise BadJson("brackets nested too deeply") from None
     except BadJson:

@@ -14,7 +14,7 @@ import yaml
 from posttrain.artifact import Artifact, move_aside, publish_folder, write_atomically
 from posttrain.console import Console, State
 from posttrain.errors import Interrupted, StageError, UserError
-from posttrain.launch import LOCK, Interruption, attend, forkable, interruptible, locked, start
+from posttrain.launch import LOCK, Interruption, attend, forkable, interruptible, locked, sign, start
 from posttrain.pipeline.inputs import JOB
 from posttrain.pipeline.plan import Plan, StagePlan, has_checkpoints, partial_of, plan
 from posttrain.pipeline.preflight import Validated, preflight
@@ -56,8 +56,9 @@ def run_recipe(loaded: LoadedRecipe, runs_dir: Path, request: Request, console: 
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(run_dir) as lock:
+        with locked(run_dir, signed=False) as lock:
             planned, validated = ready or _prepare(loaded, run_dir, request)
+            sign(lock)
             with interruptible() as asked:
                 _Run(planned, validated, loaded, console, lock, asked).all()
     except UserError:

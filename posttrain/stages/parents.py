@@ -42,8 +42,11 @@ def _parents_method(parents: Lineage) -> Method:
     path = parents.adapters[-1].folder / "adapter_config.json"
     try:
         return _method_of(json.loads(path.read_text(encoding="utf-8")), parents)
-    except (KeyError, ValidationError) as error:
-        found = f"holds settings that cannot be taken over ({str(error).splitlines()[0]})"
+    except KeyError as error:
+        raise CheckpointError(str(path), f"lacks {error}", "name the stage's `method`") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = f"`{first['loc'][-1]}` cannot be taken over: {first['msg']}"
         raise CheckpointError(str(path), found, "name the stage's `method`") from None
 
 

@@ -56,6 +56,7 @@ def provenance(started: float, finished: float) -> dict[str, Any]:
         "seconds": round(finished - started, 3),
         "cpu_seconds": round(sum(usage.ru_utime + usage.ru_stime for usage in (own, children)), 3),
         "peak_rss_bytes": own.ru_maxrss * 1024,  # Linux counts it in KiB
+        "peak_gpu_bytes": _gpu_peak(),
     }
 
 
@@ -68,3 +69,11 @@ def _gpu_name() -> str | None:
     if torch is None or not torch.cuda.is_initialized():
         return None
     return torch.cuda.get_device_name()
+
+
+def _gpu_peak() -> int | None:
+    """Most bytes that torch held on the GPU at a time: reserved by its allocator, not only used."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return torch.cuda.max_memory_reserved()

@@ -70,6 +70,7 @@ def test_tokens_the_template_writes(rich_tokenizer):
     assert [text for text, _ in control_tokens(rich_tokenizer, bundled("plain"))] == ["<s>", "</s>"]
 
 
+@pytest.mark.contract(number=7)
 def test_agree_sets_everything_and_says_so_once(tokenizer):
     config, generation = configs(tokenizer)
     template = bundled("chatml")
@@ -143,6 +144,7 @@ def test_saved_folder_is_proved(tokenizer, tmp_path):
         verify_saved(tmp_path, bundled("tulu").digest, {end}, probe)
 
 
+@pytest.mark.contract(number=7)
 @pytest.mark.parametrize("stops", [None, 1, [1]])
 def test_saved_folder_that_does_not_stop_is_refused(tokenizer, tmp_path, stops):
     probe = saved(tokenizer, bundled("chatml"), tmp_path)

@@ -118,7 +118,7 @@ def test_user_file_is_found_from_the_recipe_and_errors_name_it(tmp_path):
     with pytest.raises(ChatError, match=r"missing\.jinja"):
         load_template("missing.jinja", tmp_path)
     (tmp_path / "empty.jinja").write_text(" \n")
-    with pytest.raises(ChatError, match="2 characters"):
+    with pytest.raises(ChatError, match="holds no text"):
         load_template("empty.jinja", tmp_path)
     with pytest.raises(UserError, match="chatml"):
         load_template("chatlm", tmp_path)

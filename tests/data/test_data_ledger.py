@@ -52,6 +52,7 @@ def test_a_full_account_balances_and_totals_are_sums(history: list) -> None:
     assert all(len(line) < 400 for line in render_ledger(whole))
 
 
+@pytest.mark.contract(number=11)
 @settings(deadline=None)
 @given(HISTORY, st.sampled_from(["row in", "token in", "row out", "token out", "between sources"]))
 def test_whatever_is_missing_on_one_side_is_found(history: list, fault: str) -> None:
@@ -101,6 +102,7 @@ def test_figures_of_a_mixture() -> None:
     assert lines[5] == "dropped 2 tokens: end of stream"
 
 
+@pytest.mark.contract(number=11)
 def test_max_dropped_says_how_many_why_and_where() -> None:
     ledger = Ledger()
     drops = [Dropped(Origin("f.jsonl", number), "too long") for number in range(1, 6)]

@@ -31,6 +31,7 @@ def test_dropout_anywhere_is_no_leak() -> None:
     assert torch.equal(torch.get_rng_state(), state)  # training draws what it would have drawn
 
 
+@pytest.mark.contract(number=8)
 @pytest.mark.parametrize("leak", ["positions", "mask"])
 def test_a_leak_is_refused(monkeypatch: pytest.MonkeyPatch, leak: str) -> None:
     model = make_model()

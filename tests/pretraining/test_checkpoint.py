@@ -45,6 +45,7 @@ def test_the_oldest_go(tmp_path: Path, keep: int | None, left: list[int]) -> Non
     assert names(tmp_path) == [f"checkpoint-{step}" for step in left]
 
 
+@pytest.mark.contract(number=1)
 def test_one_that_was_interrupted_is_never_resumed_from(tmp_path: Path) -> None:
     def killed(folder: Path) -> None:
         (folder / "weights").write_text("ha")
@@ -62,6 +63,7 @@ def test_one_that_was_interrupted_is_never_resumed_from(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-2" / "weights").read_text() == "whole"
 
 
+@pytest.mark.contract(number=1)
 def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

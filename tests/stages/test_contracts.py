@@ -137,8 +137,8 @@ def test_every_row_and_token_is_in_the_ledger(run_dir: Path, aligned: Artifact) 
 
 @pytest.mark.contract(number=11)
 def test_rows_do_not_vanish(run_dir: Path, tmp_path: Path) -> None:
-    """`max_length` of 36 tokens leaves out some of the 20 conversations, which is more than 2 % of them."""
-    copy, shorter = bare(run_dir, tmp_path / "kills"), "stages.sft_full.data.max_length=36"
+    """`max_length` of 33 tokens leaves out some of the 20 conversations, which is more than 2 % of them."""
+    copy, shorter = bare(run_dir, tmp_path / "kills"), "stages.sft_full.data.max_length=33"
     with pytest.raises(DataError, match=r"of 20 rows \(.* were dropped: longer than max_length"):
         run_stage(copy, "sft_full", shorter, "stages.sft_full.data.long_rows=drop")
     assert not (copy / "sft_full").exists()
@@ -146,7 +146,6 @@ def test_rows_do_not_vanish(run_dir: Path, tmp_path: Path) -> None:
 
 def context(folder: Path, **runtime: Any) -> Context:
     """What `set_up` looks at."""
-    rest = dict.fromkeys(("trainer", "inputs", "identity"), {}) | {"fingerprint": "", "should_stop": Stop()}
     return Context(
         run_dir=folder,
         recipe_dir=folder,
@@ -155,8 +154,12 @@ def context(folder: Path, **runtime: Any) -> Context:
         seed=1,
         precision="fp32",
         runtime=Runtime(**runtime),
+        trainer={},
+        inputs={},
+        identity={},
+        fingerprint="",
         events=Events(None),
-        **rest,
+        should_stop=Stop(),
     )
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from posttrain.data.rows import PairRow, TextRow
 from posttrain.errors import DataError
+from posttrain.models.lineage import Lineage, Link
 from posttrain.pretraining.rows import IGNORE
 from posttrain.recipe.schema import Data
 from posttrain.stages import dpo, pretrain, sft
@@ -21,8 +23,6 @@ from posttrain.training.dpo import dpo_step
 from posttrain.training.sft import sft_step
 from tests.stages.stage_tiny import chats, make_context, preferences, write_lines
 from tests.training.spine_tiny import PAD, make_tokenizer, save_base
-
-NO_MORE = "raise it"
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def chat_of(context: Context) -> Chat:
-    from posttrain.models.lineage import Lineage, Link
-
     return open_chat(Lineage(Link(context.run_dir / "base", "base", None)), "chatml", context)
 
 
@@ -70,8 +68,7 @@ def trained(steps: list[Any]) -> tuple[int, int]:
     return sum(int((each != IGNORE).sum()) for each in labels), sum(step.tokens for step in steps)
 
 
-@pytest.mark.parametrize("max_length", [512, 60])
-@pytest.mark.parametrize("long_rows", ["truncate", "drop"])
+@pytest.mark.parametrize(("max_length", "long_rows"), [(512, "drop"), (38, "truncate"), (50, "drop")])
 def test_sft_trains_what_its_ledger_says(run: Path, max_length: int, long_rows: str) -> None:
     data = data_of("chats.jsonl", "more.jsonl", max_length=max_length, long_rows=long_rows, max_dropped=1.0)
     prepared = prepared_for("sft", run, data)
@@ -82,16 +79,14 @@ def test_sft_trains_what_its_ledger_says(run: Path, max_length: int, long_rows: 
     assert sum(step.supervised for step in steps) == tokens["trained"]
     assert sum(step.rows for step in steps) == rows["trained"]
     assert rows["in"] == 26
-    assert bool(tokens["truncated"]) == (max_length == 60 and long_rows == "truncate")
-    if max_length == 60:
+    assert bool(tokens["truncated"]) == (long_rows == "truncate")
+    if max_length < 512:
         assert set(rows["dropped"]) <= {"longer than max_length", "no trained token within max_length"}
         assert rows["dropped"]
 
 
-@pytest.mark.parametrize("max_length", [512, 38])
+@pytest.mark.parametrize("max_length", [512, 30])
 def test_dpo_trains_what_its_ledger_says(run: Path, max_length: int) -> None:
-    import torch
-
     prepared = prepared_for("dpo", run, data_of("pairs.jsonl", max_length=max_length, max_dropped=1.0))
     rows, tokens = total(prepared)
     schedule = schedule_rows(prepared, {"global_batch_size": 4, "num_train_epochs": 1}, seed=1)
@@ -104,7 +99,7 @@ def test_dpo_trains_what_its_ledger_says(run: Path, max_length: int) -> None:
     prompts = sum(len(pair.prompt) for number in range(schedule.steps) for pair in schedule.rows_of(number))
     assert tokens["masked"] == prompts  # a pair's prompt is counted once
     assert sum(step.rows for step in steps) == rows["trained"]
-    assert bool(tokens["truncated"]) == (max_length == 38)
+    assert bool(tokens["truncated"]) == (max_length == 30)
 
 
 def test_wrapped_texts_train_what_their_ledger_says(run: Path) -> None:
@@ -198,8 +193,8 @@ def test_pairs_that_become_the_same_are_dropped_with_the_reason(run: Path, tmp_p
         {"prompt": "Q", "chosen": "x", "rejected": "x"},
     ]
     source = {"path": str(write_lines(tmp_path / "pairs.jsonl", rows))}
-    prepared = prepared_for("dpo", run, data_of(source, max_length=50, max_dropped=1.0))
-    counted, tokens = total(prepared)
+    prepared = prepared_for("dpo", run, data_of(source, max_length=38, max_dropped=1.0))
+    counted, _ = total(prepared)
     assert counted["trained"] == 1
     reasons = dict(counted["dropped"])
     assert reasons.pop("both answers are the same once cut") == 1
@@ -208,7 +203,7 @@ def test_pairs_that_become_the_same_are_dropped_with_the_reason(run: Path, tmp_p
     first = prepared.ledger.as_dict()["total"]["first_dropped"]
     assert first["both answers are the same once cut"][0].endswith("pairs.jsonl:1")
     with pytest.raises(DataError, match="the same once cut"):
-        prepared_for("dpo", run, data_of(source, max_length=50))
+        prepared_for("dpo", run, data_of(source, max_length=38))
 
 
 def test_a_source_too_small_for_its_weight_is_no_silent_end(run: Path, tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def test_no_loss_type_of_trl_is_left_out() -> None:
     assert sorted(allowed_values("dpo", read_fields("dpo")["loss_type"]) or []) == sorted(LOSS_TYPES)
 
 
+@pytest.mark.contract(number=8)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_every_loss_type_is_trls_own(tmp_path: Path, loss_type: str) -> None:
     compare(tmp_path, make_model(0), make_model(1), loss_type=[loss_type])
@@ -152,6 +153,7 @@ def test_only_the_coupled_losses_keep_a_step_in_one_piece(tmp_path: Path, monkey
     assert wrong_when_cut == set(COUPLED)
 
 
+@pytest.mark.contract(number=9)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_the_loss_before_training_is_the_one_at_ratio_zero(tmp_path: Path, loss_type: str) -> None:
     trainer = trainer_for(make_model(), tmp_path, loss_type=[loss_type])

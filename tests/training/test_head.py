@@ -56,7 +56,7 @@ def test_the_same_figures_and_gradients(name: str) -> None:
     expected, found = (model(**batch, fused_lm_head=True, use_cache=False) for model in (theirs, ours))
     for field in score_fields(expected):
         torch.testing.assert_close(getattr(found, field), getattr(expected, field), rtol=1e-5, atol=1e-5, msg=field)
-    for model, output in ((theirs, expected), (ours, found)):
+    for output in (expected, found):
         output.log_probs.sum().backward()
     for (key, mine), their in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         if their.grad is not None:

@@ -159,6 +159,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.contract(number=4)
 @pytest.mark.parametrize(
     ("objective", "method", "evaluate"),
     [(*way, evaluate) for way in WAYS for evaluate in ([False, True] if "qlora" in way else [False])],
@@ -182,6 +183,7 @@ def test_interrupted_and_resumed_is_never_interrupted(
     assert losses(tmp_path / "torn") == losses(tmp_path / "whole")
 
 
+@pytest.mark.contract(number=4)
 def test_an_evaluation_does_not_change_four_bit_training(parents: Path, tmp_path: Path) -> None:
     way = Way(parents / "base", parents / "qlora", "sft", "qlora")
     quiet = way.saved(way.run(tmp_path / "quiet", seed=1), tmp_path / "quiet")

@@ -49,6 +49,7 @@ def alone(model: torch.nn.Module, rows: list[Row]) -> tuple[float, dict[str, tor
     return loss.item(), found
 
 
+@pytest.mark.contract(number=8)
 @pytest.mark.parametrize("tie", [True, False])
 def test_packed_is_unpacked_however_the_step_is_cut(tmp_path: Path, tie: bool) -> None:
     rows = [*make_rows(12), make_row([5], [5]), make_row([5, 6], [5, 6])]

@@ -76,6 +76,7 @@ def test_it_stops_without_clipping_too(tmp_path: Path) -> None:
     assert same(weights(trainer), before)
 
 
+@pytest.mark.contract(number=14)
 def test_a_trainable_weight_that_gets_no_gradient_stops_the_first_step(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, 4)
     before = weights(trainer)

@@ -1,0 +1,60 @@
+"""What a stage gets is what it asked for, or it stops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from posttrain.errors import PosttrainError, StageError
+from posttrain.stages.context import Context, ModelInput
+from posttrain.stages.setup import Machine, model_folder, set_up
+from tests.stages.stage_tiny import make_context
+
+
+def context(tmp_path: Path, **runtime: object) -> Context:
+    return make_context(tmp_path, "sft", "sft", runtime=runtime)
+
+
+def test_device_attention_dtype_and_threads_are_those_of_the_recipe(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        assert set_up(context(tmp_path, threads=1)) == Machine("cpu", "sdpa", torch.float32)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert set_up(context(tmp_path, attn_implementation="eager")).attn_implementation == "eager"
+
+
+def test_a_gpu_that_is_not_there_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(StageError, match=r"runtime.device is cuda, and torch sees no GPU"):
+        set_up(context(tmp_path, device="cuda"))
+    assert set_up(context(tmp_path, device="auto")).device == "cpu"
+
+
+def test_a_number_of_processes_that_did_not_start_stops_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StageError, match="1 processes started, the recipe asks for 4"):
+        set_up(context(tmp_path, num_processes=2, num_machines=2))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(StageError, match="2 processes started, the recipe asks for 1"):
+        set_up(context(tmp_path))
+
+
+def test_what_is_not_built_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PosttrainError, match="this version trains on one device"):
+        set_up(context(tmp_path, num_processes=2))
+
+
+def test_a_folder_is_taken_as_it_is_and_an_id_at_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        "posttrain.stages.setup.fetch_model", lambda name, revision: asked.append((name, revision)) or tmp_path
+    )
+    assert model_folder(ModelInput("./here", tmp_path / "here")) == tmp_path / "here"
+    assert model_folder(ModelInput("owner/name@v1", None, "abc")) == tmp_path
+    assert asked == [("owner/name", "abc")]
