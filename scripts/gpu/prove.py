@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-WORDS = ["the", "model", "reads", "rows", "and", "writes", "answers", "that", "somebody", "checks", "one", "by", "one", "before", "they", "are", "kept"]
+WORDS = "the model reads rows and writes answers that somebody checks one by one before they are kept".split()
 
 
 def make_model(folder: Path, shape: str) -> None:
