@@ -145,7 +145,7 @@ def freeze(command: Command, point: Point) -> bool:
     def torn() -> bool:
         return any(name.startswith(prefix) for name in list_names(place))
 
-    if not command.wait(lambda: point.stage in command.began, str(point)):
+    if not command.wait(lambda: point.stage in command.began, str(point), pause=0.005):
         return False
     stage = command.processes().get("stage", 0)
     while stage in command.processes().values():
@@ -214,7 +214,7 @@ def interrupt(
             command.wait_until_free()
             compare(digests(command.run_dir), truth, whole=False)
             kills.append(done)
-            print(f"  {done.victim:<7} {done.planned:<38} {done.place}", flush=True)
+            print(f"  {done.victim:<18} {done.planned:<38} {done.place}", flush=True)
         command.start()
         command.finish()
     compare(digests(command.run_dir), truth, whole=True)
@@ -295,7 +295,7 @@ def main() -> int:
         print(f"FAILED (seed {seed}): {failure}\nkept: {folder}")
         return 1
     for number, kill in enumerate(kills, 1):
-        print(f"{number:3}  {kill.run:<9} {kill.victim:<13} {kill.planned:<38} {kill.place}")
+        print(f"{number:3}  {kill.run:<9} {kill.victim:<18} {kill.planned:<38} {kill.place}")
     print(f"{len(kills)} kills, seed {seed}, {time.monotonic() - began:.0f} s: every file is the uninterrupted run's")
     if not options.runs_dir:
         shutil.rmtree(folder)

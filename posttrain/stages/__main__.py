@@ -10,6 +10,7 @@ it exists for the tests of atomicity alone.
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 import os
@@ -19,7 +20,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import TypeAdapter
 
@@ -78,20 +79,33 @@ def _leave() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the stage of one job file and returns the exit code of its process."""
+    """Runs the stage of one job file, or a server that forks stages; returns the exit code of the process."""
     if arguments[:1] == [FLAG]:
         forked_for = serve(arguments[1:])
-        if forked_for is None:
-            return 0
-        arguments = [str(forked_for)]
+        if forked_for is not None:
+            _leave_forked(run_stage(forked_for))
+        return 0
     if len(arguments) != 1:
         print("usage: python -m posttrain.stages JOB", file=sys.stderr)
         return 2
+    return run_stage(Path(arguments[0]).absolute())
+
+
+def run_stage(job: Path) -> int:
+    """Runs the stage of one job file with the descriptors and signals of its process; returns the exit code."""
     stop = Stop()
     stop.listen(inherited("POSTTRAIN_LIFELINE_FD", os.O_RDONLY))
     first = os.environ.get("RANK", "0") == "0"
     events = Events(inherited("POSTTRAIN_EVENTS_FD", os.O_WRONLY) if first else None)
-    return run_job(Path(arguments[0]).absolute(), events, stop)
+    return run_job(job, events, stop)
+
+
+def _leave_forked(code: int) -> NoReturn:
+    """Ends a forked stage without tearing down the interpreter, which would copy all that the server imported."""
+    atexit._run_exitfuncs()  # of experiment trackers, say
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def inherited(variable: str, mode: int) -> int | None:

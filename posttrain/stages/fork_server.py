@@ -8,6 +8,7 @@ the same log, the same code from `__main__.run_job` on.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -112,6 +113,7 @@ def serve(arguments: Sequence[str]) -> Path | None:
             return None
         given = json.loads(message)
         importlib.import_module(KINDS[given["kind"]].module)
+        gc.freeze()  # a collection in the stage must not touch, and so copy, what was imported here
         child = os.fork()
         if child == 0:
             connection.close()
