@@ -105,6 +105,9 @@ def stage_environment(runtime: Mapping[str, Any], base: Mapping[str, str]) -> di
     environment = {
         **base,
         "OMP_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": base.get(
+            "OMP_WAIT_POLICY", "PASSIVE"
+        ),  # spinning threads stall when other work is on the cores
         "TOKENIZERS_PARALLELISM": base.get("TOKENIZERS_PARALLELISM", "true"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONHASHSEED": "0",

@@ -17,7 +17,7 @@ import yaml
 
 ORPHAN_SECONDS = 90.0
 """How long an orphaned stage may take to save and end: it promises 60 s once it is asked to."""
-SURVIVED_SECONDS = 10.0
+SURVIVED_SECONDS = 5.0
 """After which a run that goes on has survived the death of its victim."""
 RUN_SECONDS = 600.0
 CHECKPOINTS = "checkpoints"

@@ -51,11 +51,18 @@ def main() -> int:
 def print_table(reports: list[tuple[int, dict, float]]) -> int:
     """Prints accuracy before and after DPO with the paired interval of the difference; returns the exit code."""
     raised = True
+    print(f"\n{'seed':<6}{'metric':<20}{'base':>8}{'instruct':>10}{'aligned':>9}   aligned - instruct [95 %]")
     for seed, report, seconds in reports:
         suite = report["suites"][0]
-        print(f"\nseed {seed} ({seconds:.0f} s, {suite['rows']} pairs)")
-        for metric in ("accuracy_sum", "accuracy_per_token"):
-            print(f"  {metric}: {json.dumps(suite['metrics'][metric])}")
+        for name in ("accuracy", "accuracy_per_token"):
+            metric = suite["metrics"][name]
+            found = {model: figure["value"] for model, figure in metric["models"].items()}
+            change = next(d for d in metric["differences"] if (d["model"], d["minus"]) == ("aligned", "instruct"))
+            shares = f"{found['base']:>8.1%}{found['instruct']:>10.1%}{found['aligned']:>9.1%}"
+            points = f"{100 * change['value']:+.1f} points [{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]"
+            print(f"{seed:<6}{name:<20}{shares}   {points}")
+            raised = raised and change["value"] > 0
+        print(f"{'':<6}{suite['rows']} pairs, {seconds:.0f} s")
     return 0 if raised else 1
 
 
