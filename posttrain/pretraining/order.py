@@ -53,25 +53,45 @@ def plan_steps(rows: int, global_batch_size: int, max_steps: int) -> np.ndarray:
     return offsets[: max_steps + 1] if max_steps > 0 else offsets
 
 
-def save_order(folder: Path, order: Order, sources: list[str]) -> None:
-    """Writes the order beside the model, so that step -> rows can be looked up for good."""
+def save_order(folder: Path, order: Order, sources: list[str], files: list[str], places: list[np.ndarray]) -> None:
+    """Writes the order beside the model, so that step -> rows can be looked up for good.
+
+    Args:
+        sources: names, in the order of `items`' first column.
+        files: every data file that was read.
+        places: per source [rows, 2] int64: index into `files`, row as the file counts them.
+    """
     temporary = folder / f".{FILE}.tmp.npz"
-    np.savez_compressed(temporary, items=order.items, offsets=order.offsets, sources=np.asarray(sources))
+    starts = np.cumsum([0, *(len(place) for place in places)], dtype=np.int64)
+    table = np.concatenate(places) if places else np.empty((0, 2), dtype=np.int64)
+    np.savez_compressed(
+        temporary,
+        items=order.items,
+        offsets=order.offsets,
+        sources=np.asarray(sources),
+        files=np.asarray(files),
+        starts=starts,
+        places=table,
+    )
     os.replace(temporary, folder / FILE)
 
 
-def rows_of_step(folder: Path, step: int) -> list[tuple[str, int]]:
+def rows_of_step(folder: Path, step: int) -> list[tuple[str, str, int]]:
     """Looks up which rows an optimizer step (counted from 1, as metrics do) was made of.
 
     Returns:
-        (source as the recipe spells it, row within the rows used of that source, counted from 0).
+        (source's name, file, row as a person finds it in the file), in the order of training.
 
     Raises:
         IndexError: no such step.
     """
     with np.load(folder / FILE, allow_pickle=False) as saved:
-        offsets = saved["offsets"]
+        offsets, sources, files = saved["offsets"], saved["sources"], saved["files"]
         if not 1 <= step < len(offsets):
             raise IndexError(f"step {step} of a run of {len(offsets) - 1} steps")
-        start, end = offsets[step - 1 : step + 1]
-        return [(str(saved["sources"][source]), int(row)) for source, row in saved["items"][start:end]]
+        items = saved["items"][offsets[step - 1] : offsets[step]]
+        places = saved["places"][saved["starts"][items[:, 0]] + items[:, 1]]
+    return [
+        (str(sources[source]), str(files[file]), int(row))
+        for (source, _), (file, row) in zip(items.tolist(), places.tolist(), strict=True)
+    ]

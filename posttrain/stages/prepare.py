@@ -51,6 +51,10 @@ class Prepared(Generic[T]):
     rows: list[list[T]]
     shares: list[Share]
     ledger: Ledger
+    files: list[str]
+    """Every data file that was read."""
+    places: list[np.ndarray]
+    """Per source [rows, 2] int64: index into `files`, row as the file counts them."""
 
     def at(self, items: np.ndarray) -> list[T]:
         """Rows of [n, 2] (source, row) pairs."""
@@ -70,18 +74,21 @@ def prepare(
         DataError: broken files or rows, nothing left, or more rows dropped than `max_dropped` allows.
     """
     ledger, names, rows, shares = Ledger(), [], [], []
+    files: list[str] = []
+    places: list[np.ndarray] = []
     for number, source in enumerate(data.sources):
         name = _label(source, number, data.sources)
         context.events("phase", text=f"reading {name}")
         found: SourceRows = read_source(source_spec(source, context.recipe_dir), want)  # type: ignore[arg-type]
         context.events("note", text=f"{name}: {found.rows_in} rows, shape {found.shape}")
         ledger.read(name, found.rows_in, found.dropped)
-        kept = _account(name, found, convert(found.rows), ledger)
+        kept, origins = _account(name, found, convert(found.rows), ledger)
         share = Share(len(kept), 1.0 if source.weight is None else source.weight, source.rows)
         _count_epoch(name, number, kept, share, context.seed, ledger)
         names.append(name)
         rows.append([one.value for one in kept])
         shares.append(share)
+        places.append(_places(origins, files))
     ledger.balance()
     ledger.check_dropped(data.max_dropped)
     if not any(rows):
@@ -90,7 +97,7 @@ def prepare(
         raise DataError(
             ", ".join(names), "no row is left of an epoch at these weights", "raise `weight`, or set `rows`"
         )
-    return Prepared(names, rows, shares, ledger)
+    return Prepared(names, rows, shares, ledger, files, places)
 
 
 def _label(source: Source, number: int, sources: list[Source]) -> str:
@@ -99,8 +106,18 @@ def _label(source: Source, number: int, sources: list[Source]) -> str:
     return names[number] if names.count(names[number]) == 1 else f"{names[number]}#{number + 1}"
 
 
-def _account(name: str, found: SourceRows, results: Iterable[Any], ledger: Ledger) -> list[Any]:
-    kept = []
+def _places(origins: list[Origin], files: list[str]) -> np.ndarray:
+    """Where rows stand, [rows, 2] int64: file (by its place in `files`, which grows) and row in it."""
+    known = {file: number for number, file in enumerate(files)}
+    for origin in origins:
+        if origin.file not in known:
+            known[origin.file] = len(files)
+            files.append(origin.file)
+    return np.array([(known[origin.file], origin.row) for origin in origins], dtype=np.int64).reshape(-1, 2)
+
+
+def _account(name: str, found: SourceRows, results: Iterable[Any], ledger: Ledger) -> tuple[list[Any], list[Origin]]:
+    kept, origins = [], []
     for row, result in zip(found.rows, results, strict=True):
         origin: Origin = row.origin
         if isinstance(result, Refused):
@@ -109,7 +126,8 @@ def _account(name: str, found: SourceRows, results: Iterable[Any], ledger: Ledge
             continue
         ledger.enter(name, tokens=result.supervised + result.masked + result.truncated)
         kept.append(result)
-    return kept
+        origins.append(origin)
+    return kept, origins
 
 
 def _count_epoch(name: str, number: int, kept: list[Any], share: Share, seed: int, ledger: Ledger) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,6 @@ CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """Files that every training stage leaves besides its model."""
-
-    names = ("data_order.npz", FILE, "ledger.json")
-
-
 def run_loop(
     trainer: Any,
     context: Context,
@@ -43,7 +35,7 @@ def run_loop(
         make_step: step number (from 0) -> its pieces.
         save_snapshot: writes a model-only snapshot into a folder.
     """
-    save_order(context.folder, schedule.order, prepared.names)
+    save_order(context.folder, schedule.order, prepared.names, prepared.files, prepared.places)
     checkpoints = context.folder / CHECKPOINTS
     kept = snapshots or Snapshots()
     loop = Loop(

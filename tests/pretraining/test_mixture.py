@@ -93,10 +93,13 @@ def test_steps_hold_every_row_once_in_order(rows: int, batch: int, most: int) ->
 def test_the_rows_of_a_step_can_be_looked_up_afterwards(tmp_path: Path) -> None:
     items = draw_items([Share(6), Share(4, weight=2.0)], 1, 1)
     order = Order(items, plan_steps(len(items), 4, -1))
-    save_order(tmp_path, order, ["a.jsonl", "owner/name"])
+    names, files = ["a.jsonl", "owner/name"], ["/data/a.jsonl", "owner/name@1"]
+    places = [np.array([[0, line] for line in (1, 2, 4, 5, 6, 9)]), np.array([[1, row] for row in (3, 5, 7, 8)])]
+    save_order(tmp_path, order, names, files, places)
     assert [path.name for path in tmp_path.iterdir()] == ["data_order.npz"]
     for step in range(order.steps):
-        wanted = [(["a.jsonl", "owner/name"][source], row) for source, row in order.of_step(step).tolist()]
+        found = [(names[source], places[source][row]) for source, row in order.of_step(step).tolist()]
+        wanted = [(name, files[file], line) for name, (file, line) in found]
         assert rows_of_step(tmp_path, step + 1) == wanted  # metrics count steps from 1
     for step in (0, order.steps + 1):
         with pytest.raises(IndexError, match=f"step {step}"):
