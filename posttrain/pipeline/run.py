@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from posttrain.artifact import Artifact, move_aside, publish_folder, write_atomically
 from posttrain.console import Console, State
 from posttrain.errors import Interrupted, StageError, UserError
@@ -19,6 +17,7 @@ from posttrain.pipeline.inputs import JOB
 from posttrain.pipeline.plan import Plan, StagePlan, has_checkpoints, partial_of, plan
 from posttrain.pipeline.preflight import Validated, preflight
 from posttrain.recipe.load import LoadedRecipe
+from posttrain.recipe.yaml12 import dump
 from posttrain.stages.fork_server import ForkServer
 from posttrain.stages.provenance import versions
 
@@ -167,4 +166,4 @@ class _Run:
 def _copy(loaded: LoadedRecipe) -> str:
     """The recipe as it was understood: defaults and overrides filled in, secrets left out."""
     head = f"# {loaded.path.name} as it ran, with its defaults; relative paths start from {loaded.folder}\n"
-    return head + yaml.safe_dump(loaded.redacted(), sort_keys=False, allow_unicode=True, width=120)
+    return head + dump(loaded.redacted())

@@ -26,7 +26,7 @@ Finding = tuple[str, str, str]
 _LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 _AT_LEAST: dict[str, float] = {
     "learning_rate": 0, "weight_decay": 0, "adam_epsilon": 0, "max_grad_norm": 0, "warmup_steps": 0,
-    "router_aux_loss_coef": 0, "dataloader_num_workers": 0, "global_batch_size": 1, "save_total_limit": 1,
+    "router_aux_loss_coef": 0, "global_batch_size": 1, "save_total_limit": 1,
     "torch_empty_cache_steps": 1, "dataloader_prefetch_factor": 1, "ddp_timeout": 1, "ddp_bucket_cap_mb": 1,
 }  # fmt: skip
 _MORE_THAN: dict[str, float] = {
@@ -182,7 +182,6 @@ def check_combinations(kind: TrainerKind, given: Mapping[str, Any]) -> Iterator[
     """Yields what the trainer would refuse later or silently ignore, of values that are valid one by one."""
     yield from _check_schedule(given)
     yield from _check_optimizer(given)
-    yield from _check_loading(given)
     yield from _check_checkpointing(given)
     if kind == "dpo":
         yield from _check_dpo(given)
@@ -230,13 +229,6 @@ def _check_optimizer(given: Mapping[str, Any]) -> Iterator[Finding]:
     options = given.get("optim_args")
     if options and not all("=" in option for option in options.split(",")):
         yield "optim_args", f"{options!r} is not of the form key=value,key=value", "write it so"
-
-
-def _check_loading(given: Mapping[str, Any]) -> Iterator[Finding]:
-    if not given.get("dataloader_num_workers"):
-        for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
-            if given.get(key):
-                yield key, "needs dataloader_num_workers of at least 1", "set dataloader_num_workers, or remove it"
 
 
 def _check_checkpointing(given: Mapping[str, Any]) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from posttrain.errors import PosttrainError, missing_extra
+from posttrain.errors import PosttrainError
 
 TrainerKind = Literal["pretrain", "sft", "dpo"]
 
@@ -142,7 +142,7 @@ def _only_known_bases(found: ast.ClassDef) -> ast.ClassDef:
 def _source(package: str, file: str) -> str:
     spec = importlib.util.find_spec(package)  # of a top-level package: nothing is imported
     if spec is None or not spec.submodule_search_locations:
-        raise missing_extra(package, "all")
+        raise PosttrainError(package, "is not installed", "install posttrain again: pip install posttrain")
     return (Path(spec.submodule_search_locations[0]) / file).read_text(encoding="utf-8")
 
 

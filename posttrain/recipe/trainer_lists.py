@@ -28,6 +28,7 @@ _MASK = "loss is on assistant turns and their end-of-turn token, always"
 _LIGER = "not offered: it fails on a CPU and breaks every later trainer of the process"
 _REFERENCE = "the reference is the policy the stage starts from, fixed, with cached log-probs"
 _RESUME = "a rerun resumes from the last complete checkpoint by itself"
+_LOADER = "rows are tokenised before training; a step is cut from memory by the stage itself"
 _ORDER = "data order follows from seed and data alone"
 _CLI = "it is for Hugging Face's own scripts: remove it"
 
@@ -86,6 +87,11 @@ OWNED: dict[str, str] = {
     "deepspeed": _LAUNCH,
     "local_rank": _LAUNCH,
     "dataloader_drop_last": _ORDER,
+    "dataloader_num_workers": _LOADER,
+    "dataloader_pin_memory": _LOADER,
+    "dataloader_persistent_workers": _LOADER,
+    "dataloader_prefetch_factor": _LOADER,
+    "disable_tqdm": "progress is shown by `posttrain run`; --quiet switches it off",
     "dataloader_in_order": _ORDER,
     "train_sampling_strategy": _ORDER,
     "length_column_name": _ORDER,
@@ -123,10 +129,9 @@ OWNED: dict[str, str] = {
 _EXECUTION = """
     activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
     activation_offloading torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
-    logging_strategy logging_steps logging_first_step log_on_each_node log_level log_level_replica disable_tqdm
+    logging_strategy logging_steps logging_first_step log_on_each_node log_level log_level_replica
     project trackio_space_id trackio_bucket_id trackio_static_space_id
     save_strategy save_steps save_on_each_node save_total_limit full_determinism
-    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
     dataloader_multiprocessing_context
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
     debug skip_memory_metrics
@@ -148,6 +153,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     BATCH_SIZE: 8,
     "save_total_limit": 2,
     "logging_steps": 1,
+    "optim": "adamw_torch_fused",
     "save_steps": 500,
     "gradient_checkpointing": False,
     "activation_checkpointing": False,

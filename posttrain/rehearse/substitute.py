@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from posttrain.data.read import locate
 from posttrain.models.hub import StageRef, parse_reference
 from posttrain.models.twin import tiny_config
+from posttrain.recipe.environment import escape
+from posttrain.recipe.yaml12 import dump
 from posttrain.rehearse.made_up import ROWS, made_up_questions, made_up_rows
 from posttrain.rehearse.twins import Twins
 
@@ -38,7 +38,7 @@ def rehearsal_of(loaded: LoadedRecipe, out_dir: Path) -> tuple[str, list[str]]:
         UserError: a model is neither here nor of a known shape, or an adapter would need its own base.
     """
     work = _Substitution(loaded.folder, out_dir, Twins(loaded.folder, out_dir / "twins", loaded.recipe.seed))
-    recipe = loaded.recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    recipe = escape(loaded.recipe.model_dump(mode="json", by_alias=True, exclude_unset=True))
     given = copy.deepcopy(recipe)
     templates = {stage.get("chat_template") for stage in recipe["stages"].values()} - {None}
     work.twins.prepare_tokenizer(sorted(templates), made_up_rows("text", {}))
@@ -47,7 +47,7 @@ def rehearsal_of(loaded: LoadedRecipe, out_dir: Path) -> tuple[str, list[str]]:
         work.stage(name, stage)
     _hide(recipe, given, loaded.secrets)
     header = "# A rehearsal: made from another recipe, with stand-ins for what is large. Not for training.\n"
-    return header + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), work.told()
+    return header + dump(recipe), work.told()
 
 
 @dataclass
