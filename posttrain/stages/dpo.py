@@ -15,14 +15,13 @@ from posttrain.errors import ChatError, Interrupted, StageError
 from posttrain.models.attention import check_isolation
 from posttrain.models.lineage import lineage_of
 from posttrain.models.load import DTYPE_NAMES
-from posttrain.pretraining.arguments import trainer_arguments
 from posttrain.recipe.schema import Dpo
 from posttrain.stages.context import Context, Summary
 from posttrain.stages.conversation import Chat, open_chat, settle
 from posttrain.stages.outputs import model_files, write_ledger, write_probe_rows
 from posttrain.stages.parents import resolve_method
 from posttrain.stages.prepare import Prepared, Refused, Schedule, Tokenised, prepare, schedule_rows
-from posttrain.stages.run_loop import run_loop, training_metrics
+from posttrain.stages.run_loop import run_loop, stage_arguments, training_metrics
 from posttrain.stages.setup import Machine, assert_trainable, model_folder, set_up
 from posttrain.stages.sft import prove_saved, save_policy
 from posttrain.stages.trainable import Policy, load_trainable
@@ -50,7 +49,7 @@ def run(config: Dpo, context: Context) -> Summary:
     check_isolation(policy.model, len(chat.tokenizer))
     limits = piece_limits(machine.device, context.runtime.micro_batch_tokens, context.runtime.micro_batch_size)
     trainer = build_dpo_trainer(
-        policy.model, chat.tokenizer, _arguments(context, machine, schedule.steps), limits.row_tokens
+        policy.model, chat.tokenizer, stage_arguments(context, machine, schedule.steps), limits.row_tokens
     )
     references = _references(trainer, prepared, chat, policy, limits, machine, context)
     losses, pad = list(trainer.loss_types), chat.tokenizer.pad_token_id
@@ -80,18 +79,6 @@ def run(config: Dpo, context: Context) -> Summary:
         metrics=training_metrics(result, trained, total, {"step_zero": proof}),
         lineage=policy.lineage_after(context),
         ledger=prepared.ledger.as_dict(),
-    )
-
-
-def _arguments(context: Context, machine: Machine, steps: int) -> dict[str, Any]:
-    return trainer_arguments(
-        context.trainer,
-        folder=context.folder,
-        steps=steps,
-        seed=context.seed,
-        precision=context.precision,
-        device=machine.device,
-        report_to=context.runtime.report_to,
     )
 
 

@@ -16,7 +16,6 @@ from posttrain.models.attention import check_isolation
 from posttrain.models.lineage import Lineage, Link, lineage_of
 from posttrain.models.load import load_base
 from posttrain.models.save import save_full, verify_saved_model
-from posttrain.pretraining.arguments import trainer_arguments
 from posttrain.pretraining.init import init_model
 from posttrain.pretraining.rows import Row, make_row
 from posttrain.pretraining.tokenizer import train_tokenizer
@@ -24,7 +23,7 @@ from posttrain.recipe.schema import Pretrain, TokenizerTraining
 from posttrain.stages.context import Context, Summary
 from posttrain.stages.outputs import model_files, write_ledger
 from posttrain.stages.prepare import Prepared, Refused, Tokenised, prepare, schedule_rows, schedule_wrapped
-from posttrain.stages.run_loop import run_loop, training_metrics
+from posttrain.stages.run_loop import run_loop, stage_arguments, training_metrics
 from posttrain.stages.setup import Machine, assert_trainable, model_folder, set_up
 from posttrain.training.limits import piece_limits
 from posttrain.training.sft import build_sft_trainer, sft_step
@@ -47,16 +46,7 @@ def run(config: Pretrain, context: Context) -> Summary:
     _check_lengths(model, config.data.max_length, context.stage)
     trained, total = assert_trainable(model, context.stage)
     check_isolation(model, len(tokenizer))
-    arguments = trainer_arguments(
-        context.trainer,
-        folder=context.folder,
-        steps=schedule.steps,
-        seed=context.seed,
-        precision=context.precision,
-        device=machine.device,
-        report_to=context.runtime.report_to,
-    )
-    trainer = build_sft_trainer(model, tokenizer, arguments)
+    trainer = build_sft_trainer(model, tokenizer, stage_arguments(context, machine, schedule.steps))
     limits = piece_limits(machine.device, context.runtime.micro_batch_tokens, context.runtime.micro_batch_size)
     pad = tokenizer.pad_token_id or 0
 

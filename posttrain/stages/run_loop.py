@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from posttrain.pretraining.arguments import trainer_arguments
 from posttrain.pretraining.fit import Fit, fit, resume_step
 from posttrain.pretraining.loop import Loop, Step
 from posttrain.pretraining.metrics import FILE, MetricsLog
@@ -14,10 +15,23 @@ from posttrain.pretraining.schedule import snapshot_steps
 from posttrain.recipe.schema import Snapshots
 from posttrain.stages.context import Context
 from posttrain.stages.prepare import Prepared, Schedule
-from posttrain.stages.setup import assert_gradients
+from posttrain.stages.setup import Machine, assert_gradients
 
 CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
+
+
+def stage_arguments(context: Context, machine: Machine, steps: int) -> dict[str, Any]:
+    """Arguments of TRL's config for a training stage of `steps` optimizer steps."""
+    return trainer_arguments(
+        context.trainer,
+        folder=context.folder,
+        steps=steps,
+        seed=context.seed,
+        precision=context.precision,
+        device=machine.device,
+        report_to=context.runtime.report_to,
+    )
 
 
 def run_loop(

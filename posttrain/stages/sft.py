@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from posttrain.chat.contract import probe_ids, verify_saved
 from posttrain.chat.render import render_conversation
@@ -13,7 +12,6 @@ from posttrain.errors import ChatError
 from posttrain.models.attention import check_isolation
 from posttrain.models.lineage import lineage_of
 from posttrain.models.save import save_adapter, save_full, verify_saved_adapter, verify_saved_model
-from posttrain.pretraining.arguments import trainer_arguments
 from posttrain.pretraining.rows import IGNORE, Row, make_row
 from posttrain.recipe.schema import Sft
 from posttrain.stages.context import Context, Summary
@@ -21,7 +19,7 @@ from posttrain.stages.conversation import Chat, open_chat, save_chat, settle
 from posttrain.stages.outputs import model_files, write_ledger, write_probe_rows
 from posttrain.stages.parents import resolve_method
 from posttrain.stages.prepare import Prepared, Refused, Tokenised, prepare, schedule_rows, schedule_wrapped
-from posttrain.stages.run_loop import run_loop, training_metrics
+from posttrain.stages.run_loop import run_loop, stage_arguments, training_metrics
 from posttrain.stages.setup import Machine, assert_trainable, model_folder, set_up
 from posttrain.stages.trainable import Policy, load_trainable
 from posttrain.training.limits import piece_limits
@@ -51,7 +49,7 @@ def run(config: Sft, context: Context) -> Summary:
     settle(chat, policy.model, context)
     trained, total = assert_trainable(policy.model, context.stage)
     check_isolation(policy.model, len(chat.tokenizer))
-    trainer = build_sft_trainer(policy.model, chat.tokenizer, _arguments(context, machine, schedule.steps))
+    trainer = build_sft_trainer(policy.model, chat.tokenizer, stage_arguments(context, machine, schedule.steps))
     limits = piece_limits(machine.device, context.runtime.micro_batch_tokens, context.runtime.micro_batch_size)
     pad = chat.tokenizer.pad_token_id
     result = run_loop(
@@ -73,18 +71,6 @@ def run(config: Sft, context: Context) -> Summary:
         metrics=training_metrics(result, trained, total, {"rows_that_stop": share, "token_rows": policy.token_rows}),
         lineage=policy.lineage_after(context),
         ledger=prepared.ledger.as_dict(),
-    )
-
-
-def _arguments(context: Context, machine: Machine, steps: int) -> dict[str, Any]:
-    return trainer_arguments(
-        context.trainer,
-        folder=context.folder,
-        steps=steps,
-        seed=context.seed,
-        precision=context.precision,
-        device=machine.device,
-        report_to=context.runtime.report_to,
     )
 
 
