@@ -69,7 +69,7 @@ def load_base(
             bnb_4bit_use_double_quant=quantization.double_quant,
             bnb_4bit_compute_dtype=dtype,
         )
-        options["device_map"] = {"": device}
+        options["device_map"] = {"": torch.cuda.current_device() if device == "cuda" else device}
     model, loaded = AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
