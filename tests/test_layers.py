@@ -21,7 +21,7 @@ FLOORS: list[frozenset[str] | tuple[str, ...]] = [
     frozenset({"chat", "models"}),
     ("pretraining",),
     ("training",),
-    frozenset({"certify", "evaluation", "report", "estimate"}),
+    frozenset({"certify", "evaluation", "report", "estimate", "doctor"}),
     ("stages",),
     ("pipeline", "launch", "runs", "rehearse"),
     ("cli",),
