@@ -73,11 +73,29 @@ def run(
 
 
 @app.command()
-def check(recipe: RecipeArgument, runs_dir: RunsDir = DEFAULT_RUNS, overrides: Overrides = None) -> None:
+def check(
+    recipe: RecipeArgument,
+    runs_dir: RunsDir = DEFAULT_RUNS,
+    overrides: Overrides = None,
+    show: Annotated[
+        int | None,
+        typer.Option("--show", metavar="N", min=1, help="Show the first N rows of training, token by token."),
+    ] = None,
+    stage_name: Annotated[
+        str | None, typer.Option("--stage", metavar="STAGE", help="With --show: of this sft or dpo stage only.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="With --show: as an HTML page instead.")
+    ] = None,
+) -> None:
     """Check a recipe without running it: its settings, its inputs, and what a run would do."""
     from posttrain.pipeline.plan import plan
     from posttrain.pipeline.preflight import preflight
 
+    if show is None and (stage_name or html):
+        raise UserError("--stage" if stage_name else "--html", "does not say how many rows", "add e.g. --show 3")
+    if html is not None and not html.absolute().parent.is_dir():
+        raise UserError(f"--html {html}", "its folder does not exist", "make the folder first")
     loaded = _load(recipe, overrides)
     planned = plan(loaded, runs_dir / loaded.recipe.name)
     typer.echo(
@@ -91,6 +109,111 @@ def check(recipe: RecipeArgument, runs_dir: RunsDir = DEFAULT_RUNS, overrides: O
     _show_plan(planned)
     planned.refuse()
     preflight(loaded, planned)
+    if show:
+        _show_rows(planned, show, stage_name, html)
+
+
+@app.command()
+def doctor(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder, or hub id (owner/name@revision).")],
+    template: Annotated[
+        str | None, typer.Option("--template", metavar="NAME|FILE", help="Judge this chat template, not the folder's.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="FILE", help="Check these conversations or pairs against it.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--fix", metavar="OUT", help="Write a repaired copy into this new folder.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the diagnosis as JSON.")] = False,
+) -> None:
+    """Find what tokenizer, template, configs, weights and data of a checkpoint disagree about, and mend it."""
+    import json
+    from dataclasses import asdict
+
+    from posttrain.doctor.checkpoint import find_checkpoint
+    from posttrain.doctor.diagnose import diagnose
+    from posttrain.doctor.show import spell, spell_repair
+
+    folder = find_checkpoint(checkpoint)
+    diagnosis = diagnose(folder, template, data)
+    repair = None
+    if out is not None:
+        from posttrain.doctor.fix import fix
+
+        repair = fix(folder, out, template, Path())
+    if as_json:
+        told = diagnosis.as_dict()
+        if repair is not None:
+            told |= {"fixed": str(out), "changes": list(repair.changes), "left": [asdict(one) for one in repair.left]}
+        typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
+    else:
+        lines = [*spell(diagnosis), *([] if repair is None else spell_repair(str(out), repair.changes, repair.left))]
+        typer.echo("\n".join(lines))
+    left = diagnosis.findings if repair is None else repair.left
+    if any(finding.severity == "error" for finding in left):
+        raise typer.Exit(1)
+
+
+@app.command()
+def merge(
+    models: Annotated[list[str], typer.Argument(metavar="ADAPTER_OR_MODEL...", help="Folders, or hub ids.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the merged model.")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="Of 4-bit adapters: original, dequantized (default) or auto.")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", metavar="DIR", help="Base of adapters without a record of ours.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="bfloat16, float16 or float32; default: the base's.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Most bytes of a file.")] = "5GB",
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="Combine: scale, linear, slerp, task_arithmetic, ties, dare_linear, dare_ties."),
+    ] = None,
+    weight: Annotated[list[float] | None, typer.Option("--weight", help="One for each model, in order.")] = None,
+    density: Annotated[float | None, typer.Option("--density", help="ties, dare: share of a delta that stays.")] = None,
+    t: Annotated[float | None, typer.Option("--t", help="slerp: from 0, the first model, to 1, the second.")] = None,
+    scale: Annotated[
+        str | None, typer.Option("--scale", metavar="A[,A...]", help="W + A * delta; several: a sweep with a table.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="dare: decides what is dropped.")] = 42,
+    rows: Annotated[
+        Path | None,
+        typer.Option("--rows", metavar="FILE", help="Compare on these rows, not on those a stage kept."),
+    ] = None,
+    certificate: Annotated[bool, typer.Option("--certificate/--no-certificate", help="Compare logits.")] = True,
+    extract: Annotated[
+        int | None, typer.Option("--extract", metavar="RANK", min=1, help="The reverse: a model into an adapter.")
+    ] = None,
+) -> None:
+    """Merge adapters into their base, or combine models, from files, and certify what was written."""
+    scales = _numbers("--scale", scale) if scale is not None else ()
+    from posttrain.stages.merge_command import Request, run_merge
+
+    request = Request(
+        models=tuple(models),
+        out=out,
+        base=base,
+        base_model=base_model,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        method=method,
+        weights=tuple(weight or ()),
+        density=density,
+        t=t,
+        scales=scales,
+        seed=seed,
+        rows=rows,
+        certificate=certificate,
+        extract=extract,
+    )
+    done = run_merge(request, lambda text: typer.echo(text, err=True))
+    typer.echo("\n".join(done.lines))
+    if done.failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -178,6 +301,17 @@ def version() -> None:
         typer.echo(f"{library} {installed}")
 
 
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    """Reads `0.25,0.5,1`."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} {text}", "is no list of numbers", "write e.g. 0.25,0.5,1") from None
+    if len(set(found)) != len(found) or not all(abs(number) < 1e6 for number in found):
+        raise UserError(f"{option} {text}", "names one twice, or one that is no usable number", "write e.g. 0.25,0.5,1")
+    return found
+
+
 def _load(recipe: str, overrides: list[str] | None) -> LoadedRecipe:
     from posttrain.recipe.load import load_recipe
 
@@ -194,6 +328,31 @@ def _show_plan(planned: Plan) -> None:
         failed = f"did not hold: {'; '.join(stage.failed)}" if stage.failed else ""
         line = f"{stage.stage:<{width}}  {stage.job.kind:<8}  {stage.action:<7}  {failed or why}"
         typer.echo(line.rstrip())
+
+
+def _show_rows(planned: Plan, count: int, name: str | None, html: Path | None) -> None:
+    """Shows what stages will learn from their first rows: printed, or written as a page."""
+    import logging
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it laments kernels that rendering does not need
+    from posttrain.artifact import write_atomically
+    from posttrain.recipe.describe import nearest
+    from posttrain.report.token_view import token_page, token_text
+    from posttrain.stages.preview import SHOWN_KINDS, preview
+
+    jobs = {stage.stage: stage.job for stage in planned.stages}
+    shown = [job.stage for job in jobs.values() if job.kind in SHOWN_KINDS]
+    if name is not None and name not in shown:
+        raise UserError(f"--stage {name}", "is no sft or dpo stage of this recipe", nearest(name, shown))
+    stages = []
+    for one in [name] if name else shown:
+        typer.echo(f"rendering the rows of {one}", err=True)
+        stages.append(preview(jobs[one], jobs, count))
+    if html is None:
+        typer.echo("\n" + token_text(stages, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ), nl=False)
+        return
+    write_atomically(html, token_page(f"{planned.run_dir.name}: what the model learns", stages))
+    typer.echo(f"wrote {html}")
 
 
 def _about(identity: dict[str, object], inputs: dict[str, str]) -> list[str]:

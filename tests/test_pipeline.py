@@ -95,6 +95,8 @@ def test_recipe_wide_fields_are_named_as_in_the_recipe(finished: Project) -> Non
         "stages.sft.trainer.gradient_checkpointing=true",
         "stages.sft.data.sources[0].weight=1.0",
         "stages.sft.trainer.num_train_epochs=3",
+        "stages.sft.data.history=refuse",
+        "stages.dpo.data.system=keep",
     ],
 )
 def test_execution_and_spelled_out_defaults_leave_fingerprints_alone(project: Project, override: str) -> None:
@@ -110,6 +112,8 @@ def test_execution_and_spelled_out_defaults_leave_fingerprints_alone(project: Pr
         ("stages.sft.trainer.learning_rate=0.1", {"sft", "instruct", "dpo", "aligned"}),
         ("stages.dpo.data.sources[0].weight=2.0", {"dpo", "aligned"}),
         ("stages.dpo.data.max_dropped=0.5", {"dpo", "aligned"}),
+        ("stages.sft.data.history=split", {"sft", "instruct", "dpo", "aligned"}),
+        ("stages.dpo.data.system=fold", {"dpo", "aligned"}),
         ("stages.instruct.certificate.mean_kl=0.1", {"instruct"}),
         ("stages.aligned.dtype=float16", {"aligned"}),
     ],

@@ -11,6 +11,7 @@ import pytest
 from broken.whole import PAIRS, RECIPE, make_whole, write_rows
 from runs_support import Project
 
+from posttrain.chat.templates import load_template
 from posttrain.errors import RecipeErrors, UserError
 from posttrain.pipeline import preflight as module
 from posttrain.pipeline.plan import plan
@@ -116,6 +117,17 @@ def test_a_refusal_changes_nothing_in_a_run_that_is_there(finished: Project) -> 
         with pytest.raises(UserError, match=said):
             finished.go(redo=redo)
     assert tree() == before
+
+
+def test_a_template_that_begins_twice_is_found_before_anything_runs(folder: Path) -> None:
+    tokenizer = folder / "base/tokenizer_config.json"
+    tokenizer.write_text(json.dumps({**json.loads(tokenizer.read_text()), "bos_token": "<|endoftext|>"}))
+    twice = "{{ bos_token }}{{ bos_token }}" + load_template("chatml", folder).source
+    (folder / "twice.jinja").write_text(twice)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("chat_template: chatml\n    data", "chat_template: ./twice.jinja\n    data"))
+    with pytest.raises(UserError, match=r"recipe.yaml:\d+.*begins a conversation with '<\|endoftext\|>' twice"):
+        check(folder)
 
 
 def test_a_damaged_memory_is_read_again(folder: Path, reads: list[str]) -> None:

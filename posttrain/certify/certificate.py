@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from posttrain.artifact import sha256
-from posttrain.certify.logits import compare_logits, load_merged, logits_of
+from posttrain.artifact import sha256, write_atomically
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,8 @@ class Limits:
     mean_kl: float | None = None
     """Nats per token."""
     min_top1_agreement: float | None = None
+    min_delta_cosine: float | None = None
+    """Of any tensor's change before and after rounding; no default, since the logits tell what it costs."""
 
     def over(self, given: Limits) -> Limits:
         """These limits, with those of `given` that are set in their place."""
@@ -55,49 +56,63 @@ def default_limits(dtype: str, quantised: bool, base_mode: str) -> Limits:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was measured, against which limits, and what does not hold."""
+    """What was merged, what was measured on it, against which limits, and what does not hold."""
 
     merged: str
+    """Name of the folder."""
+    method: dict[str, Any]
+    """`{"kind": "chain"}`, or how several models were combined."""
+    base: dict[str, Any]
+    """`asked`, `mode` (original, dequantized), `proved_by`; with `auto`, the `relative_error` of both."""
     dtype: str
-    """Dtype in which both models computed."""
-    logits: dict[str, Any]
-    """See `compare_logits`."""
+    """Of the merged weights."""
+    parts: list[str]
+    """Base first, then adapters or models, in order."""
+    rows: dict[str, Any] | None
+    """`source` (held_out, training, given), how many; None: no comparison was asked for."""
+    compared: dict[str, Any] | None
+    """`mode` (whole, layers) and the `dtype` in which both computed."""
+    logits: dict[str, Any] | None
+    """Merged files against the adapter in use, see `compare_logits`; None where models were combined."""
+    inputs: dict[str, dict[str, Any]]
+    """Merged files against each model that was combined: figures without a limit."""
     limits: Limits
+    tensors: list[dict[str, Any]]
+    """What rounding left of each change, worst first."""
+    advice: list[str]
+    files: dict[str, dict[str, Any]]
+    """Name -> {"sha256", "bytes"} of every file of the model."""
     failures: list[str]
     """Empty when the merge holds."""
 
+    @property
+    def verdict(self) -> str:
+        """`pass` or `fail`."""
+        return "fail" if self.failures else "pass"
+
     def as_dict(self) -> dict[str, Any]:
-        """The certificate as plain JSON values."""
-        return asdict(self)
+        """The certificate as plain JSON values; what JSON has no number for (NaN, infinity) is spelled."""
+        spelled: dict[str, Any] = _spelled({"verdict": self.verdict, **asdict(self)})
+        return spelled
+
+    def save(self, folder: Path, page: str) -> list[str]:
+        """Writes it as JSON, and `page` for people; returns the two names."""
+        write_atomically(folder / "certificate.json", json.dumps(self.as_dict(), indent=2, allow_nan=False))
+        write_atomically(folder / "certificate.md", page)
+        return ["certificate.json", "certificate.md"]
 
 
-def certify_merge(
-    merged: Path,
-    policy_model: nn.Module,
-    rows: list[list[int]],
-    limits: Limits,
-    dtype: torch.dtype | None = None,
-) -> Certificate:
-    """Loads the merged folder with transformers and compares its logits with those of the adapter in use.
+def _spelled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _spelled(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_spelled(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
-    Args:
-        merged: folder of the merged model, tokenizer not needed.
-        policy_model: base and adapters, live; put in eval mode for the comparison and back again after it.
-            On the CPU its 4-bit layers must have their bf16 packing switched off before their first eval forward.
-        rows: token ids of held-out rows.
-        dtype: of the merged model's computation; absent = the policy's embedding's.
-    """
-    parameter = next(policy_model.parameters())
-    compute = dtype or (parameter.dtype if parameter.is_floating_point() else torch.bfloat16)
-    candidate = load_merged(merged, compute, parameter.device)
-    training = policy_model.training
-    policy_model.eval()
-    try:
-        measured = compare_logits(logits_of(policy_model), logits_of(candidate), rows)
-    finally:
-        policy_model.train(training)
-    word = str(compute).removeprefix("torch.")
-    return Certificate(str(merged), word, measured, limits, failures(measured, limits))
+
+def worst_first(tensors: Iterable[Any]) -> list[dict[str, Any]]:
+    """A report's tensors as plain values, those first of which rounding left least; unknown ones last."""
+    return sorted(map(asdict, tensors), key=lambda one: (one["cosine"] is None, one["cosine"] or 0.0, one["name"]))
 
 
 def failures(measured: dict[str, Any], limits: Limits) -> list[str]:
@@ -114,6 +129,16 @@ def failures(measured: dict[str, Any], limits: Limits) -> list[str]:
     if least is not None and not agreement >= least:
         found.append(f"top-1 agreement {agreement:.4f} is below {least:g}")
     return found
+
+
+def eaten_deltas(tensors: list[dict[str, Any]], limits: Limits) -> list[str]:
+    """Names the change of which rounding left least, where that is less than the limit."""
+    least = limits.min_delta_cosine
+    below = [one for one in tensors if least is not None and one["cosine"] is not None and not one["cosine"] >= least]
+    if not below:
+        return []
+    worst = f"{below[0]['name']}, cosine {below[0]['cosine']:.3f}"
+    return [f"rounding left less than cosine {least:g} of {len(below)} deltas (worst: {worst})"]
 
 
 def verify_bytes(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 from posttrain.chat.encode import encoder_of
 from posttrain.chat.files import read_json
 from posttrain.chat.jinja import Message, render_text
-from posttrain.chat.render import render_conversation
+from posttrain.chat.render import render_conversation, render_prompt
 from posttrain.chat.templates import ChatTemplate, read_folder_template, template_digest
 from posttrain.chat.tokenizer import load_tokenizer
-from posttrain.chat.turns import EndOfTurn, end_of_turn, required_tokens_missing
+from posttrain.chat.turns import EndOfTurn, end_of_turn, missing_tokens_remedy, required_tokens_missing
 from posttrain.errors import ChatError
 
 if TYPE_CHECKING:
@@ -24,10 +24,15 @@ if TYPE_CHECKING:
 __all__ = [
     "EndOfTurn",
     "agree",
+    "check_beginning",
+    "choose_pad",
     "control_tokens",
     "end_of_turn",
+    "missing_tokens_remedy",
     "probe_ids",
     "required_tokens_missing",
+    "set_eos",
+    "stop_ids",
     "verify_saved",
 ]
 
@@ -66,14 +71,13 @@ def agree(
     if tokenizer.chat_template != template.inference:
         tokenizer.chat_template = template.inference
         said.append(f"chat template: {template.name} ({template.digest[:12]})")
-    said += _set_eos(tokenizer, template, end)
-    stops = [end.id, *_known_stops(tokenizer, template), *previous]
-    stops = [token for token in dict.fromkeys(stops) if 0 <= token < rows]
+    said += set_eos(tokenizer, template, end)
+    stops = stop_ids(tokenizer, template, previous, rows)
     said += _changed("generation_config.eos_token_id", generation_config.eos_token_id, stops)
     generation_config.eos_token_id = stops
     said += _changed("config.eos_token_id", config.eos_token_id, end.id)
     config.eos_token_id = end.id
-    pad = _choose_pad(tokenizer, template, rows, stops)
+    pad = choose_pad(tokenizer, template, rows, stops)
     said += _changed("tokenizer.pad_token", tokenizer.pad_token, tokenizer.convert_ids_to_tokens(pad))
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     config.pad_token_id = generation_config.pad_token_id = pad
@@ -88,6 +92,21 @@ def control_tokens(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate) -
     encoder = encoder_of(tokenizer)
     ids = encoder.encode(_probe_text(tokenizer, template))[0]
     return [(encoder.added[token], token) for token in dict.fromkeys(ids) if token in encoder.added]
+
+
+def check_beginning(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate) -> None:
+    """Raises ChatError where conversations begin with two BOS tokens; contents cannot bring one in."""
+    for messages in ([_SYSTEM, *_PROBE[:1]], _PROBE[:1]):
+        try:
+            ids = render_prompt(tokenizer, template, messages)
+        except ChatError:  # some families refuse a system message
+            continue
+        if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+            raise ChatError(
+                f"chat template {template.name}",
+                f"begins a conversation with {tokenizer.bos_token!r} twice",
+                "write it once in the template; `posttrain doctor` tells where it comes from",
+            )
 
 
 def probe_ids(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate) -> list[int]:
@@ -159,7 +178,8 @@ def _check_marks(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate) -> 
         )
 
 
-def _set_eos(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, end: EndOfTurn) -> list[str]:
+def set_eos(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, end: EndOfTurn) -> list[str]:
+    """Makes the end of turn the tokenizer's eos_token, where that changes nothing the template writes; says so."""
     old, before = tokenizer.eos_token, render_text(tokenizer, template, _PROBE)
     tokenizer.eos_token = end.text
     if render_text(tokenizer, template, _PROBE) == before:
@@ -168,12 +188,17 @@ def _set_eos(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, end: En
     return [f"tokenizer.eos_token: stays {old!r}, which the template writes; generation stops at {end.text!r} too"]
 
 
-def _known_stops(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate) -> list[int]:
+def stop_ids(
+    tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, previous: Iterable[int], rows: int
+) -> list[int]:
+    """Ids that end generation: the end of turn first, then what the family stops at, then what was there before."""
     ids = {text: token for token, text in encoder_of(tokenizer).added.items()}
-    return [ids[text] for text in template.facts.stop if text in ids]
+    known = [ids[text] for text in template.facts.stop if text in ids]
+    stops = [end_of_turn(tokenizer, template).id, *known, *previous]
+    return [token for token in dict.fromkeys(stops) if 0 <= token < rows]
 
 
-def _choose_pad(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, rows: int, stops: list[int]) -> int:
+def choose_pad(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, rows: int, stops: list[int]) -> int:
     """Id of the best pad token there is; our masks never look at it, but other tools mask it everywhere."""
     encoder, end = encoder_of(tokenizer), stops[0]
     written = {token for _, token in control_tokens(tokenizer, template)}

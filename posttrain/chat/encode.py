@@ -7,6 +7,10 @@ what stands on its two sides as a special token would, and is dropped from the i
 
 So a control token's text becomes ordinary text by writing BREAKs into it, and is then tokenised as any
 other punctuation.
+
+Nothing before a control token can depend on what follows it, nor the other way round. So a text is
+encoded piece by piece, each from one control token up to the next: time is linear in the text, boundaries
+are looked for in one piece, and what templates write again and again is encoded once.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,7 +31,8 @@ from posttrain.errors import ChatError
 
 BREAK, CUT = "\ufdd0", "\ufdd1"  # Unicode noncharacters: no text may contain them
 _NO_CHARACTER = f"[{BREAK}{CUT}\ud800-\udfff]"
-_SHORT, _MANY = 64, 4096
+_SHORT, _MANY = 128, 4096
+"""Characters of a piece that is remembered, and how many are."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,9 @@ class Encoded:
 
     ids: list[int]
     starts: list[int]
-    """First character of each token, in the text with its BREAKs."""
+    """First character of each piece, in the text with its BREAKs: the beginning, and every control token."""
+    places: list[int]
+    """Index of each piece's first token."""
     firsts: list[int]
     """For each boundary, the index of the first token after it."""
     straddled: int
@@ -47,16 +55,40 @@ class Encoder:
     """The private copy of one tokenizer's backend, and what is remembered about it."""
 
     backend: Tokenizer
-    size: int
-    """Vocabulary size of the original when it was copied."""
+    next_id: int
+    """Id that the next token to be added to the original gets: CUT has it here."""
+    next_token: str | None
+    """What the original had there when it was copied: nothing."""
     added: dict[int, str]
     """Control tokens: the added tokens, but for white space and single characters."""
     special: frozenset[int]
+    control: re.Pattern[str]
+    """Finds a control token's text (longest first)."""
     forbidden: re.Pattern[str]
     """Finds a control token's text (longest first), or what is no character."""
+    apart: bool
+    """Whether every control token is found wherever its text stands, and takes no white space before it."""
     remembered: dict[Any, Any] = field(default_factory=dict)
     """Small facts that other modules derive from the tokenizer, each computed once."""
-    _prefixes: dict[str, list[int]] = field(default_factory=dict)
+    _pieces: dict[str, list[int]] = field(default_factory=dict)
+    _expected: dict[str, list[int]] = field(default_factory=dict)
+    """Pieces of the texts that are about to be encoded."""
+
+    def expect(self, texts: Sequence[tuple[str, Sequence[int]]]) -> None:
+        """Encodes the pieces of texts, given with their boundaries, together; `encode_at` finds them.
+
+        Ids are the same without it. On several cores it is much faster, on one somewhat.
+        """
+        wanted: dict[str, None] = {}
+        for text, boundaries in texts if self.apart else ():
+            starts = self._starts(text)
+            wanted |= dict.fromkeys(text[begin:stop] for begin, stop in pairwise([*starts, len(text)]))
+            for boundary in boundaries:
+                begin = starts[max(bisect_left(starts, boundary) - 1, 0)]
+                wanted[text[begin:boundary]] = None
+        pieces = [piece for piece in wanted if piece not in self._pieces and BREAK not in piece]
+        found = self.backend.encode_batch_fast(pieces, add_special_tokens=False)
+        self._expected = {piece: encoding.ids for piece, encoding in zip(pieces, found, strict=True)}
 
     def encode(self, text: str, cuts: Sequence[int] = ()) -> tuple[list[int], list[int]]:
         """Returns ids and first characters of a text, tokenised apart on the two sides of each cut.
@@ -73,9 +105,9 @@ class Encoder:
             self._refuse_forged(whole, ids, offsets)
         if not cuts:
             return ids, [start for start, _ in offsets]
-        cut_id, kept, starts, passed = self.backend.token_to_id(CUT), [], [], 0
+        kept, starts, passed = [], [], 0
         for token, (start, _) in zip(ids, offsets, strict=True):
-            if token == cut_id:
+            if token == self.next_id:
                 passed += 1
             else:
                 kept.append(token)
@@ -92,11 +124,11 @@ class Encoder:
         Raises:
             ChatError: tokens straddle a boundary and cutting there would change the text.
         """
-        ids, starts = self.encode(text)
-        firsts = [self._first(text, ids, starts, boundary) for boundary in boundaries]
+        ids, starts, places = self._by_pieces(text) if self.apart else self._whole(text)
+        firsts = [self._first(text, ids, starts, places, boundary) for boundary in boundaries]
         bad = [boundary for boundary, first in zip(boundaries, firsts, strict=True) if first is None]
         if bad:
-            whole, (ids, starts) = ids, self.encode(text, bad)
+            whole, (ids, every) = ids, self.encode(text, bad)
             if self.decode(ids) != self.decode(whole):
                 answer = text[bad[0] :].replace(BREAK, "")[:20]
                 raise ChatError(
@@ -104,34 +136,55 @@ class Encoder:
                     f"joins the prompt to the answer {answer!r}, and cutting there would add a space",
                     "choose a template whose generation prompt ends with a control token",
                 )
-            cut = {boundary: bisect_left(starts, boundary) for boundary in bad}
-            firsts = [cut.get(boundary, self._first(text, ids, starts, boundary)) for boundary in boundaries]
-        return Encoded(ids, starts, [first for first in firsts if first is not None], len(bad))
+            starts, places = self._control(ids, every)
+            cut = {boundary: bisect_left(every, boundary) for boundary in bad}
+            firsts = [cut.get(boundary, self._first(text, ids, starts, places, boundary)) for boundary in boundaries]
+        return Encoded(ids, starts, places, [first for first in firsts if first is not None], len(bad))
 
     def decode(self, ids: list[int]) -> str:
         """Decodes ids, control tokens included."""
         return self.backend.decode(ids, skip_special_tokens=False)
 
-    def _first(self, text: str, ids: list[int], starts: list[int], boundary: int) -> int | None:
-        """Index of the first token after a boundary, or None where the ids before depend on what follows.
+    def _by_pieces(self, text: str) -> tuple[list[int], list[int], list[int]]:
+        """Ids of a text, and where its pieces start in the text and in the ids."""
+        starts = self._starts(text)
+        ids: list[int] = []
+        places = []
+        for begin, stop in pairwise([*starts, len(text)]):
+            places.append(len(ids))
+            ids += self._piece(text[begin:stop])
+        return ids, starts, places
 
-        Nothing before the last control token can depend on it, so only the stretch since then is encoded.
-        """
-        last = bisect_left(starts, boundary) - 1
-        while last > 0 and ids[last] not in self.added:
-            last -= 1
-        last = max(last, 0)
-        begin = starts[last] if last else 0
-        expected = self._prefix(text[begin:boundary])
-        end = last + len(expected)
-        return end if ids[last:end] == expected else None
+    def _starts(self, text: str) -> list[int]:
+        starts = [match.start() for match in self.control.finditer(text)]
+        return starts if starts and starts[0] == 0 else [0, *starts]
 
-    def _prefix(self, text: str) -> list[int]:
-        known = self._prefixes.get(text)
+    def _whole(self, text: str) -> tuple[list[int], list[int], list[int]]:
+        ids, every = self.encode(text)
+        return ids, *self._control(ids, every)
+
+    def _control(self, ids: list[int], starts: list[int]) -> tuple[list[int], list[int]]:
+        """Of all first characters those of the first token and of control tokens, and where these stand."""
+        places = [place for place, token in enumerate(ids) if place == 0 or token in self.added]
+        return [starts[place] for place in places], places
+
+    def _first(self, text: str, ids: list[int], starts: list[int], places: list[int], boundary: int) -> int | None:
+        """Index of the first token after a boundary, or None where the ids before depend on what follows."""
+        piece = max(bisect_left(starts, boundary) - 1, 0)
+        begin, place = (starts[piece], places[piece]) if piece else (0, 0)
+        expected = self._piece(text[begin:boundary])
+        end = place + len(expected)
+        return end if ids[place:end] == expected else None
+
+    def _piece(self, text: str) -> list[int]:
+        """Ids of a text; not to be changed."""
+        known = self._pieces.get(text) or self._expected.get(text)
         if known is None:
-            known, _ = self.encode(text)
-            if len(text) <= _SHORT and len(self._prefixes) < _MANY:
-                self._prefixes[text] = known
+            known = self.encode(text)[0] if BREAK in text else self.backend.encode(text, add_special_tokens=False).ids
+            if len(text) <= _SHORT:
+                if len(self._pieces) >= _MANY:
+                    self._pieces.clear()
+                self._pieces[text] = known
         return known
 
     def _refuse_forged(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> None:
@@ -149,15 +202,15 @@ _ENCODERS: WeakKeyDictionary[PreTrainedTokenizerFast, Encoder] = WeakKeyDictiona
 
 def encoder_of(tokenizer: PreTrainedTokenizerFast) -> Encoder:
     """Returns the tokenizer's encoder, copied once and again whenever tokens were added to it."""
-    encoder = _ENCODERS.get(tokenizer)
-    size = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True)
-    if encoder is None or encoder.size != size:
-        encoder = _ENCODERS[tokenizer] = _copy(tokenizer.backend_tokenizer, size)
+    encoder, original = _ENCODERS.get(tokenizer), tokenizer.backend_tokenizer
+    if encoder is None or original.id_to_token(encoder.next_id) != encoder.next_token:
+        encoder = _ENCODERS[tokenizer] = _copy(original)
     return encoder
 
 
-def _copy(original: Tokenizer, size: int) -> Encoder:
-    spec = json.loads(original.to_str())
+def _copy(original: Tokenizer) -> Encoder:
+    head, model = original.to_str().split(',"model":', 1)  # the model, by far the largest part, comes last
+    spec = json.loads(head + "}")
     spec |= {"truncation": None, "padding": None, "post_processor": None}
     drop = {"type": "Replace", "pattern": {"String": BREAK}, "content": ""}
     own = spec["normalizer"]
@@ -165,20 +218,34 @@ def _copy(original: Tokenizer, size: int) -> Encoder:
     control = [token for token in spec["added_tokens"] if len(token["content"].strip()) > 1]
     for token in control:
         token["normalized"] = False  # looked for in the text itself, so before BREAKs are dropped
-    backend = Tokenizer.from_str(json.dumps(spec))
+    backend = Tokenizer.from_str(f'{json.dumps(spec)[:-1]},"model":{model}')
     backend.add_special_tokens([AddedToken(CUT, special=True, normalized=False)])
+    next_id = backend.token_to_id(CUT) or 0
     return Encoder(
         backend=backend,
-        size=size,
+        next_id=next_id,
+        next_token=original.id_to_token(next_id),
         added={token["id"]: token["content"] for token in control},
         special=frozenset(token["id"] for token in control if token["special"]),
+        control=re.compile(_longest_first([token["content"] for token in control])),
         forbidden=pattern_of([token["content"] for token in control]),
+        apart=not any(
+            token["lstrip"] or token["single_word"] or token["content"] != token["content"].strip() for token in control
+        ),
     )
 
 
 def pattern_of(texts: list[str]) -> re.Pattern[str]:
-    """Compiles what finds any of these control texts, the longest first, or what is no character at all."""
-    return re.compile("|".join([*map(re.escape, sorted(texts, key=len, reverse=True)), _NO_CHARACTER]))
+    """Compiles what finds any of these control texts, the longest first, or what is no character at all.
+
+    A look ahead at the first character keeps hundreds of texts from being tried at every place.
+    """
+    firsts = "".join(map(re.escape, sorted({text[0] for text in texts})))
+    return re.compile(f"(?=[{firsts}{_NO_CHARACTER[1:-1]}])(?:(?:{_longest_first(texts)})|{_NO_CHARACTER})")
+
+
+def _longest_first(texts: list[str]) -> str:
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
 
 
 def break_up(text: str, pattern: re.Pattern[str]) -> str:

@@ -8,25 +8,35 @@ inside messages are plain text.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from re import Pattern
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from posttrain.chat.encode import BREAK, break_up, encoder_of
+from posttrain.chat.answers import Span, marks_hold, prove_answers
+from posttrain.chat.contents import ROLES, check_nothing_left_out, without_control_tokens
+from posttrain.chat.encode import BREAK, Encoded, encoder_of
 from posttrain.chat.jinja import Message, Tools, render_marked, render_text
 from posttrain.chat.templates import ChatTemplate
-from posttrain.chat.turns import EndOfTurn, answer_pattern, end_of_turn
+from posttrain.chat.turns import EndOfTurn, answer_opening, end_of_turn
 from posttrain.errors import ChatError
 
+__all__ = [
+    "MASKED",
+    "ROLES",
+    "Rendered",
+    "render_conversation",
+    "render_conversations",
+    "render_pair",
+    "render_prompt",
+    "render_turns",
+]
+
 MASKED = -100
-ROLES = frozenset(
-    ["system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "tool_results"]
-)
-_SPOKEN = ("system", "developer", "user", "assistant")
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+_CHUNK = 256
+"""Conversations whose texts are encoded together."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ class Rendered:
     input_ids: list[int]
     labels: list[int]
     """As `input_ids`, -100 where there is no loss."""
-    spans: list[tuple[int, int]]
+    spans: list[Span]
     """Characters of `text` that carry loss: an answer and its end-of-turn token each."""
     straddled: int
     """Answers whose first characters would have joined the prompt's last token; the text was cut there."""
@@ -48,7 +58,14 @@ class _Layout:
     """A rendered text, with BREAKs where contents hold control tokens, and the answers in it."""
 
     text: str
-    spans: list[tuple[int, int]]
+    spans: list[Span]
+    trained: int
+    """How many of the answers carry loss: the last ones."""
+
+    @property
+    def starts(self) -> list[int]:
+        """Where answers begin: the text is encoded so that no token lies across."""
+        return [start for start, _ in self.spans]
 
 
 def render_conversation(
@@ -60,27 +77,78 @@ def render_conversation(
         ChatError: the template rewrites history, has a generation prompt that is no prefix of the turn,
             leaves a message out, or cannot render the conversation; `where` names the message.
     """
-    answers = {index for index, message in enumerate(messages) if message.get("role") == "assistant"}
-    layout = _lay_out(tokenizer, template, messages, tools, answers)
-    encoded = encoder_of(tokenizer).encode_at(layout.text, [start for start, _ in layout.spans])
-    ids, labels = encoded.ids, [MASKED] * len(encoded.ids)
-    for (_, stop), first in zip(layout.spans, encoded.firsts, strict=True):
-        after = _after_end(ids, encoded.starts, stop, end_of_turn(tokenizer, template))
-        labels[first:after] = ids[first:after]
-    spans = [(_plain_index(layout.text, start), _plain_index(layout.text, stop)) for start, stop in layout.spans]
-    return Rendered(layout.text.replace(BREAK, ""), ids, labels, spans, encoded.straddled)
+    return _encode(tokenizer, template, _lay_out_whole(tokenizer, template, messages, tools))
+
+
+def render_turns(
+    tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, messages: Sequence[Message], tools: Tools = None
+) -> list[Rendered]:
+    """Renders a conversation as one row where that can be, else as one row per assistant turn.
+
+    The row of a turn is the conversation up to it, as the template writes it then, with labels on that turn
+    alone: what templates need that rewrite history (reasoning is dropped from earlier turns, a closing token
+    is moved). Messages after the last assistant turn are in none of these rows.
+
+    Raises:
+        ChatError: as for a conversation, of the first turn that cannot be rendered alone either.
+    """
+    try:
+        return [render_conversation(tokenizer, template, messages, tools)]
+    except ChatError:
+        if not _can_be_split(messages):
+            raise
+    return [_encode(tokenizer, template, layout) for layout in _lay_out_turns(tokenizer, template, messages, tools)]
+
+
+def render_conversations(
+    tokenizer: PreTrainedTokenizerFast,
+    template: ChatTemplate,
+    conversations: Iterable[tuple[Sequence[Message], Tools]],
+    split: bool = False,
+) -> Iterator[list[Rendered] | ChatError]:
+    """Renders many conversations, their texts encoded together on all cores: the same rows, sooner.
+
+    Args:
+        split: as `render_turns`; else one row each, as `render_conversation`.
+
+    Yields:
+        For each conversation, in order, its rows, or the error that rendering it alone would raise.
+    """
+    remaining, encoder = iter(conversations), encoder_of(tokenizer)
+    while chunk := list(islice(remaining, _CHUNK)):
+        laid_out = [_attempt(_lay_out_whole, tokenizer, template, *each) for each in chunk]
+        encoder.expect([(one.text, one.starts) for one in laid_out if isinstance(one, _Layout)])
+        for (messages, tools), one in zip(chunk, laid_out, strict=True):
+            made = _attempt(_encode, tokenizer, template, one) if isinstance(one, _Layout) else one
+            if isinstance(made, Rendered):
+                made = [made]
+            elif split and _can_be_split(messages):
+                made = _attempt(render_turns, tokenizer, template, messages, tools)
+            yield made
 
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, messages: Sequence[Message], tools: Tools = None
+    tokenizer: PreTrainedTokenizerFast,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Tools = None,
+    continue_final_message: bool = False,
 ) -> list[int]:
     """Returns the ids of a conversation that awaits an answer, generation prompt included.
 
+    Args:
+        continue_final_message: the last message is an answer that is to be continued: it is left open, and
+            the ids are the beginning of those of the conversation that ends with it.
+
     Raises:
-        ChatError: the template cannot render the conversation, or leaves a message out.
+        ChatError: the template cannot render the conversation, or leaves a message out; or there is no
+            assistant message to continue.
     """
-    layout = _lay_out(tokenizer, template, messages, tools, answers=(), prompt=True)
-    return encoder_of(tokenizer).encode_at(layout.text, [start for start, _ in layout.spans]).ids
+    if continue_final_message and (not messages or messages[-1].get("role") != "assistant"):
+        raise ChatError("conversation", "ends with no assistant message to continue", "add the answer's beginning")
+    how = {"add_generation_prompt": not continue_final_message, "continue_final_message": continue_final_message}
+    layout = _lay_out(tokenizer, template, messages, tools, (), {}, **how)
+    return encoder_of(tokenizer).encode_at(layout.text, layout.starts).ids
 
 
 def render_pair(
@@ -119,10 +187,42 @@ def _complete(
     if len(answer) != 1 or answer[0].get("role") != "assistant":
         roles = ", ".join(str(message.get("role")) for message in answer) or "no message"
         raise ChatError(which, f"is {roles}, not one assistant message", "put what comes before it into the prompt")
-    layout = _lay_out(tokenizer, template, [*prompt, *answer], tools, answers={len(prompt)})
-    encoded = encoder_of(tokenizer).encode_at(layout.text, [start for start, _ in layout.spans])
-    after = _after_end(encoded.ids, encoded.starts, layout.spans[-1][1], end_of_turn(tokenizer, template))
+    layout = _lay_out(tokenizer, template, [*prompt, *answer], tools, [len(prompt)], {})
+    encoded = encoder_of(tokenizer).encode_at(layout.text, layout.starts)
+    after = _after_end(encoded, layout.spans[-1][1], end_of_turn(tokenizer, template))
     return encoded.ids[: encoded.firsts[-1]], encoded.ids[encoded.firsts[-1] : after]
+
+
+def _attempt(work: Callable[..., Any], *given: Any) -> Any:
+    """What a call returns, or the user's error that it raises."""
+    try:
+        return work(*given)
+    except ChatError as error:
+        return error
+
+
+def _can_be_split(messages: Sequence[Message]) -> bool:
+    answers = sorted(_answers(messages))
+    return bool(answers) and answers != [len(messages) - 1]  # that would be the row it is
+
+
+def _lay_out_whole(
+    tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, messages: Sequence[Message], tools: Tools
+) -> _Layout:
+    return _lay_out(tokenizer, template, messages, tools, _answers(messages), {})
+
+
+def _lay_out_turns(
+    tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, messages: Sequence[Message], tools: Tools
+) -> Iterator[_Layout]:
+    known: dict[tuple[int, bool], str] = {}
+    for index in sorted(_answers(messages)):
+        layout = _lay_out(tokenizer, template, messages[: index + 1], tools, [index], known)
+        yield replace(layout, trained=1)
+
+
+def _answers(messages: Sequence[Message]) -> set[int]:
+    return {index for index, message in enumerate(messages) if message.get("role") == "assistant"}
 
 
 def _lay_out(
@@ -131,138 +231,63 @@ def _lay_out(
     messages: Sequence[Message],
     tools: Tools,
     answers: Collection[int],
-    prompt: bool = False,
+    known: dict[tuple[int, bool], str],
+    **how: bool,
 ) -> _Layout:
     """Renders messages and finds their answers; only those of `answers` must be provable."""
     if not messages:
         raise ChatError("conversation", "has no message", "remove the row")
-    safe_messages, safe_tools = _without_control_tokens(tokenizer, template, messages, tools)
-    if template.facts.marks == "exact":
-        text, spans = render_marked(tokenizer, template, safe_messages, safe_tools, prompt)
+    safe_messages, safe_tools = without_control_tokens(tokenizer, template, messages, tools)
+    marked, spans = template.facts.marks == "exact", None
+    end = end_of_turn(tokenizer, template).text if answers or marked else ""  # a prompt alone may have none
+    if marked:
+        text, marks = render_marked(tokenizer, template, safe_messages, safe_tools, **how)
+        opening, closed = answer_opening(tokenizer, template), not how.get("continue_final_message")
+        if marks_hold(text, marks, safe_messages, opening, end, closed):
+            spans = marks
     else:
-        text = render_text(tokenizer, template, safe_messages, safe_tools, prompt)
-        spans = list(_prove_spans(tokenizer, template, text, safe_messages, safe_tools, answers))
+        text = render_text(tokenizer, template, safe_messages, safe_tools, **how)
+    if not how:
+        known[len(messages), False] = text
+    if spans is None:  # no marks, or marks that are not this conversation's answers
+        spans = list(prove_answers(tokenizer, template, text, safe_messages, safe_tools, answers, end, known))
     plain = text.replace(BREAK, "")
-    if safe_messages is not messages and plain != render_text(tokenizer, template, messages, tools, prompt):
+    if safe_messages is not messages and plain != render_text(tokenizer, template, messages, tools, **how):
         raise ChatError(
             f"chat template {template.name}",
             "reads control tokens inside messages and renders such a message in another way",
             "remove the control tokens from the message, or choose a template that takes contents as they are",
         )
-    _check_nothing_left_out(template, plain, messages, tools)
-    return _Layout(text, spans)
+    check_nothing_left_out(template, plain, messages, tools, answers)
+    return _Layout(text, spans, len(spans))
 
 
-def _prove_spans(
-    tokenizer: PreTrainedTokenizerFast,
-    template: ChatTemplate,
-    text: str,
-    messages: Sequence[Message],
-    tools: Tools,
-    answers: Collection[int],
-) -> Iterator[tuple[int, int]]:
-    """Yields the span of each answer by rendering the conversation up to it and with it.
-
-    An answer of `answers` that cannot be placed so is refused; any other is passed over.
-    """
-    for index, message in enumerate(messages):
-        if message.get("role") != "assistant":
-            continue
-        wanted = index in answers
-        try:
-            before = render_text(tokenizer, template, messages[:index], tools, add_generation_prompt=True)
-        except ChatError:
-            if wanted:
-                raise
-            continue
-        after = text if index + 1 == len(messages) else render_text(tokenizer, template, messages[: index + 1], tools)
-        end = end_of_turn(tokenizer, template).text if wanted else ""
-        closing = after.find(end, len(before))  # after it, some templates close the whole text with an EOS
-        stop = closing + len(end)
-        if closing >= 0 and text.startswith(before) and text.startswith(after[:stop]):
-            yield len(before), stop
-        elif wanted:
-            raise ChatError(
-                f"chat template {template.name}, message {index + 1}",
-                _what_moved(*(part.replace(BREAK, "") for part in (text, before, after))),
-                "choose a template that writes every turn once and for all"
-                + ("" if index + 1 == len(messages) else ", or train on conversations with one answer"),
-            )
+def _encode(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, layout: _Layout) -> Rendered:
+    """Encodes a text, cut where an answer begins, with labels on the answers that are trained."""
+    text, encoded = layout.text, encoder_of(tokenizer).encode_at(layout.text, layout.starts)
+    ids, labels = encoded.ids, [MASKED] * len(encoded.ids)
+    skipped = len(layout.spans) - layout.trained
+    spans = layout.spans[skipped:]
+    if spans:
+        end = end_of_turn(tokenizer, template)
+        for (_, stop), first in zip(spans, encoded.firsts[skipped:], strict=True):
+            after = _after_end(encoded, stop, end)
+            labels[first:after] = ids[first:after]
+    if BREAK in text:
+        spans = [(_plain_index(text, start), _plain_index(text, stop)) for start, stop in spans]
+        text = text.replace(BREAK, "")
+    return Rendered(text, ids, labels, spans, encoded.straddled)
 
 
-def _what_moved(text: str, before: str, after: str) -> str:
-    if not after.startswith(before):
-        at = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
-        return (
-            "the prompt for this answer is not how the conversation with the answer begins: "
-            f"{before[at : at + 30]!r} becomes {after[at : at + 30]!r}"
-        )
-    if not text.startswith(before):
-        return "the template rewrites history: what stands before this answer changes when turns follow"
-    return "the template rewrites history: this answer is written differently, or not closed, when turns follow"
-
-
-def _without_control_tokens(
-    tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, messages: Sequence[Message], tools: Tools
-) -> tuple[Sequence[Message], Tools]:
-    """Breaks up control tokens inside messages and tools; returns the very arguments where there are none."""
-    pattern = encoder_of(tokenizer).forbidden
-    changed, safe = False, []
-    for index, message in enumerate(messages):
-        role = message.get("role")
-        if role not in ROLES:
-            raise ChatError(f"message {index + 1}", f"role {role!r}", f"use one of {', '.join(sorted(ROLES))}")
-        if _contains(message, pattern):
-            own = answer_pattern(tokenizer, template) if role == "assistant" else pattern
-            message = {key: value if key == "role" else _broken(value, own) for key, value in message.items()}
-            changed = True
-        safe.append(message)
-    safe_tools = [_broken(tool, pattern) for tool in tools] if tools and _contains(tools, pattern) else tools
-    return (safe if changed or safe_tools is not tools else messages), safe_tools
-
-
-def _contains(value: Any, pattern: Pattern[str]) -> bool:
-    if isinstance(value, str):
-        return pattern.search(value) is not None
-    if isinstance(value, dict):
-        return any(_contains(key, pattern) or _contains(inner, pattern) for key, inner in value.items())
-    return isinstance(value, (list, tuple)) and any(_contains(inner, pattern) for inner in value)
-
-
-def _broken(value: Any, pattern: Pattern[str]) -> Any:
-    if isinstance(value, str):
-        return break_up(value, pattern)
-    if isinstance(value, dict):
-        return {_broken(key, pattern): _broken(inner, pattern) for key, inner in value.items()}
-    return [_broken(inner, pattern) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def _check_nothing_left_out(template: ChatTemplate, text: str, messages: Sequence[Message], tools: Tools) -> None:
-    for index, message in enumerate(messages):
-        where = f"chat template {template.name}, message {index + 1} ({message['role']})"
-        content = message.get("content")
-        as_is = message["role"] in _SPOKEN and "</think>" not in str(content)  # others may be written as JSON
-        if as_is and isinstance(content, str) and content.strip() not in text:
-            raise ChatError(where, "its content is left out or changed", "choose a template that has this role")
-        calls = message.get("tool_calls") or []
-        names = [str(call.get("function", call).get("name", "")) for call in calls]
-        if any(name not in text for name in names):
-            raise ChatError(where, "its tool calls are left out", "choose a template that writes tool calls")
-        reasoning = next((message[key] for key in _REASONING if message.get(key)), None)
-        if isinstance(reasoning, str) and reasoning.strip() not in text:
-            raise ChatError(where, "its reasoning is left out", "remove the field, or choose a template that keeps it")
-    if any(str(tool.get("function", tool).get("name", "")) not in text for tool in tools or []):
-        raise ChatError(f"chat template {template.name}", "leaves the tools out", "choose a template that writes tools")
-
-
-def _after_end(ids: list[int], starts: list[int], stop: int, end: EndOfTurn) -> int:
+def _after_end(encoded: Encoded, stop: int, end: EndOfTurn) -> int:
     """Index just after the end-of-turn token that closes a span (it may have eaten white space around it)."""
-    last = bisect_right(starts, stop - len(end.text)) - 1
-    if ids[last] != end.id:
+    piece = bisect_right(encoded.starts, stop - len(end.text)) - 1
+    place = encoded.places[piece]
+    if encoded.ids[place] != end.id:
         raise ChatError(
             "tokenizer", f"does not make the token {end.text!r} at the end of an answer", "check its added tokens"
         )
-    return last + 1
+    return place + 1
 
 
 def _plain_index(text: str, index: int) -> int:

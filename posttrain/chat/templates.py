@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,10 @@ _SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 @dataclass(frozen=True)
 class TemplateFacts:
-    """What is known of a template without rendering it; of a user's own file nothing is."""
+    """What is known of a template without rendering it; of a user's own file nothing is.
+
+    Every bundled template states every field in its `.yaml` file, and tests hold the template to them.
+    """
 
     family: str = "unknown"
     required_tokens: tuple[str, ...] = ()
@@ -34,12 +37,34 @@ class TemplateFacts:
     bos: Literal["none", "template", "unknown"] = "unknown"
     """Whether the template writes the beginning-of-text token; nothing else ever adds it."""
     system: Literal["native", "concatenated", "folded", "refused", "unknown"] = "unknown"
+    """What becomes of a first system message: a block of its own, put before a user's text, or an error."""
+    default_system: str | None = None
+    """What the system block says when the conversation has none, `{date}` for the date; "" = no block."""
+    date: Literal["none", "fixed", "today", "unknown"] = "unknown"
+    """Whether a date is written; `fixed`: the same every day, unless the caller gives `date_string`."""
+    roles: tuple[str, ...] = ()
+    """Roles that it writes; on others it raises, or writes them as they are named."""
+    order: Literal["free", "system first", "alternating", "unknown"] = "unknown"
+    """Orders that it takes: any; any, but system only at the beginning; user and assistant in turn."""
     tools: bool | None = None
+    """Whether it writes tools, tool calls and tool results."""
     thinking: bool | None = None
+    """Whether it writes the reasoning of an assistant's message."""
+    history: Literal["kept", "rewritten", "unknown"] = "unknown"
+    """`kept`: a prompt and its answer stay as they were rendered when turns follow, whatever they are."""
     trims: bool | None = None
     """Whether contents lose their outer white space."""
-    marks: Literal["exact", "unproved"] = "unproved"
-    """`exact`: a test proves that the marks hold answer + end of turn, and that history is never rewritten."""
+    kwargs: tuple[str, ...] = ()
+    """Variables that a caller may set, beside messages, tools and add_generation_prompt."""
+    marks: Literal["exact", "offsets", "unproved"] = "unproved"
+    """`exact`: a test proves that the marks hold answer + end of turn, and that history is never rewritten;
+    `offsets`: they hold that too, but history is rewritten, so that spans are still proved by offsets."""
+    checked_against: tuple[str, ...] = ()
+    """Templates not written by us that it was found to render like, byte for byte."""
+    departs: tuple[str, ...] = ()
+    """Where it renders otherwise than they do, on purpose, and why."""
+    digests: tuple[str, ...] = ()
+    """SHA-256 of such texts, so that a model folder that holds one of them is known by these facts too."""
     sources: tuple[str, ...] = ()
 
 
@@ -51,11 +76,13 @@ class ChatTemplate:
     source: str
     """Jinja text, marks included."""
     facts: TemplateFacts = TemplateFacts()
+    saved: str | None = None
+    """The text for model folders, where it is not `source` without its marks (see `marking`)."""
 
     @property
     def inference(self) -> str:
         """The text that is saved in model folders: the same rendering, no marks."""
-        return strip_marks(self.source)
+        return strip_marks(self.source) if self.saved is None else self.saved
 
     @property
     def digest(self) -> str:
@@ -131,13 +158,17 @@ def own_template(value: Any, where: str) -> ChatTemplate | None:
         ChatError: several templates, and none is called `default`.
     """
     if isinstance(value, list):  # as older tokenizer_config.json files write several
-        value = {entry["name"]: entry["template"] for entry in value}
+        named = [entry for entry in value if isinstance(entry, dict)]
+        value = {str(entry.get("name")): entry.get("template") for entry in named}
     if isinstance(value, dict):
         if "default" not in value:
             raise ChatError(where, f"templates {', '.join(value)}, none called default", "name one as chat_template")
         value = value["default"]
     if not value:
         return None
+    if not isinstance(value, str):
+        found = f"chat_template is a {type(value).__name__}, not a text"
+        raise ChatError(where, found, "write the template's Jinja text")
     _check_syntax(value, f"{where}, chat_template")
     return recognise(value, "the model's own")
 
@@ -165,17 +196,23 @@ def choose_template(folder: Path, chosen: str | None, base_dir: Path, where: str
 
 
 def recognise(source: str, name: str) -> ChatTemplate:
-    """Returns the bundled template that a text is (marked or not), else one of which nothing is known."""
+    """Returns the bundled template that a text is (marked or not), else one under its own name.
+
+    Of a family's own text, known by its digest, the bundled template's facts hold, but for the marks;
+    of any other text nothing is known.
+    """
     from posttrain.recipe.bundled import list_bundled
 
     digest = template_digest(strip_marks(source))
     for bundled in map(_load_bundled, list_bundled("chat_templates")):
         if bundled.digest == digest:
             return bundled
+        if digest in bundled.facts.digests:
+            return ChatTemplate(f"{bundled.name} (the family's own)", source, replace(bundled.facts, marks="unproved"))
     return ChatTemplate(name, source)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=128)
 def _load_bundled(name: str) -> ChatTemplate:
     from posttrain.recipe.bundled import find_bundled  # late: only this needs to know where bundled files lie
 

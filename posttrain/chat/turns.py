@@ -45,14 +45,21 @@ def required_tokens_missing(tokenizer: PreTrainedTokenizerFast, template: ChatTe
     return [text for text in template.facts.required_tokens if own.get(text, text) not in added]
 
 
+def missing_tokens_remedy(template: ChatTemplate) -> str:
+    """What to do where a tokenizer lacks the tokens of a template."""
+    return (
+        "choose a template by the tokens there are (plain, tulu and zephyr need only an eos_token), or give the "
+        f"model these tokens: posttrain doctor BASE --template {template.name} --fix OUT"
+    )
+
+
 def _find(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, encoder: Encoder) -> EndOfTurn:
     where = f"chat template {template.name}"
     if missing := required_tokens_missing(tokenizer, template):
         raise ChatError(
             where,
             f"needs {', '.join(missing)}, which this tokenizer does not have as one token each",
-            "choose a template by the tokens there are: chatml needs <|im_start|> and <|im_end|>; "
-            "plain, tulu and zephyr need only an eos_token",
+            missing_tokens_remedy(template),
         )
     between = _after_answer(tokenizer, template, [_USER, _ANSWER, _NEXT]).split(_NEXT["content"])[0]
     last = _after_answer(tokenizer, template, [_USER, _ANSWER])
@@ -82,6 +89,16 @@ def _after_answer(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, me
     return after
 
 
+def answer_opening(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate) -> str:
+    """Returns what a generation prompt adds to a conversation: the header of an answer, or nothing."""
+    encoder = encoder_of(tokenizer)
+    key = ("answer opening", template.source, tokenizer.eos_token, tokenizer.bos_token)
+    if key not in encoder.remembered:
+        turn = render_text(tokenizer, template, [_USER])
+        encoder.remembered[key] = render_text(tokenizer, template, [_USER], add_generation_prompt=True)[len(turn) :]
+    return encoder.remembered[key]
+
+
 def answer_pattern(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate) -> re.Pattern[str]:
     """Compiles what must be plain text inside an answer: special tokens, and those that structure turns.
 
@@ -91,8 +108,8 @@ def answer_pattern(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate) -
     key = ("answer pattern", template.source, tokenizer.eos_token, tokenizer.bos_token)
     if key not in encoder.remembered:
         turn = render_text(tokenizer, template, [_USER])
-        prompt = render_text(tokenizer, template, [_USER], add_generation_prompt=True)
-        header = [token for token in encoder.encode(prompt[len(turn) :])[0] if token in encoder.added][:1]
+        opening = encoder.encode(answer_opening(tokenizer, template))[0]
+        header = [token for token in opening if token in encoder.added][:1]
         structure = {*encoder.encode(turn)[0], *header, end_of_turn(tokenizer, template).id, *encoder.special}
         encoder.remembered[key] = pattern_of([text for token, text in encoder.added.items() if token in structure])
     return encoder.remembered[key]

@@ -4,11 +4,13 @@ Rows and tokens are counted once, for one epoch of the mixture; `rows_seen` says
 repeated by a weight. A pair's prompt is counted once. Tokens are counted on rows that were rendered:
 a row dropped while reading has none.
 
-    rows in   = trained + left_out + dropped
-    tokens in = trained + masked + truncated + left_out + dropped
+    rows in - split + made = trained + left_out + held_out + dropped
+    tokens in              = trained + masked + truncated + left_out + held_out + dropped
 
-`trained` tokens carry loss, `masked` ones are only read, `truncated` ones were cut off, and
-`left_out` is what a weight below 1 or an exact number of rows leaves aside.
+`split` conversations were replaced by the rows `made` of them, one per answer; the earlier turns that such
+a row reads are counted in each. `trained` tokens carry loss, `masked` ones are only read, `truncated` ones
+were cut off, `left_out` is what a weight below 1 or an exact number of rows leaves aside, and `held_out`
+rows are kept back for certificates.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ class _Account:
     """The counters of one source, or of several added up."""
 
     rows: Counter[str] = field(default_factory=Counter)
-    """`in`, `trained`, `left_out`, `seen`."""
+    """`in`, `split`, `made`, `trained`, `left_out`, `held_out`, `seen`."""
     tokens: Counter[str] = field(default_factory=Counter)
-    """`in`, `trained`, `masked`, `truncated`, `left_out`."""
+    """`in`, `trained`, `masked`, `truncated`, `left_out`, `held_out`."""
     dropped_rows: Counter[str] = field(default_factory=Counter)
     dropped_tokens: Counter[str] = field(default_factory=Counter)
     first: dict[str, list[str]] = field(default_factory=dict)
@@ -52,12 +54,15 @@ class _Account:
         return {
             "rows": {
                 "in": rows["in"],
+                "split": rows["split"],
+                "made": rows["made"],
                 "trained": rows["trained"],
                 "left_out": rows["left_out"],
+                "held_out": rows["held_out"],
                 "dropped": dict(sorted(self.dropped_rows.items())),
             },
             "tokens": {
-                **{name: tokens[name] for name in ("in", "trained", "masked", "truncated", "left_out")},
+                **{name: tokens[name] for name in ("in", "trained", "masked", "truncated", "left_out", "held_out")},
                 "dropped": dict(sorted(self.dropped_tokens.items())),
             },
             "rows_seen": seen,
@@ -69,8 +74,8 @@ class _Account:
 class Ledger:
     """Builds the ledger while a stage prepares its data.
 
-    What comes in (`enter`) and what became of it (`train`, `leave_out`, `drop`) are counted apart, so
-    that `balance` proves something.
+    What comes in (`enter`) and what became of it (`train`, `leave_out`, `hold_out`, `drop`) are counted
+    apart, so that `balance` proves something.
     """
 
     def __init__(self) -> None:
@@ -88,6 +93,10 @@ class Ledger:
         account.rows["in"] += rows
         account.tokens["in"] += tokens
 
+    def split(self, source: str, made: int) -> None:
+        """Counts a conversation that is replaced by `made` rows, each of which is accounted for by itself."""
+        self._account(source).rows.update(split=1, made=made)
+
     def train(self, source: str, supervised: int, masked: int, truncated: int = 0, rows: int = 1) -> None:
         """Counts rows that are trained on, their tokens with loss, without, and those cut off."""
         account = self._account(source)
@@ -99,6 +108,12 @@ class Ledger:
         account = self._account(source)
         account.rows["left_out"] += rows
         account.tokens["left_out"] += tokens
+
+    def hold_out(self, source: str, rows: int, tokens: int) -> None:
+        """Counts usable rows that no step may see, because certificates compare models on them."""
+        account = self._account(source)
+        account.rows["held_out"] += rows
+        account.tokens["held_out"] += tokens
 
     def drop(self, source: str, reason: str, rows: int = 1, tokens: int = 0, origin: Origin | None = None) -> None:
         """Counts rows (or, with `rows=0`, only tokens) that cannot be used, and remembers where the first stand."""
@@ -120,20 +135,22 @@ class Ledger:
         for name, source in self.as_dict()["sources"].items():
             for unit in ("rows", "tokens"):
                 account = source[unit]
-                out = {key: value for key, value in account.items() if key not in ("in", "dropped")}
+                came = account["in"] - account.get("split", 0) + account.get("made", 0)
+                out = {key: value for key, value in account.items() if key not in ("in", "split", "made", "dropped")}
                 out["dropped"] = sum(account["dropped"].values())
-                if account["in"] != sum(out.values()) or min(account["in"], *out.values()) < 0:
+                if came != sum(out.values()) or min(came, *out.values()) < 0:
                     listed = " + ".join(f"{key} {value:,}" for key, value in out.items())
                     raise StageError(
                         f"ledger of {name}",
-                        f"{unit} do not add up: in {account['in']:,}, but {listed} = {sum(out.values()):,}",
+                        f"{unit} do not add up: in {came:,}, but {listed} = {sum(out.values()):,}",
                         "this is a fault in the stage, not in the data: please report it",
                     )
 
     def check_dropped(self, max_dropped: float) -> None:
         """Raises DataError where more than this share (0 to 1) of all rows was dropped, saying why and where."""
         total = self._total()
-        rows_in, dropped = total.rows["in"], total.dropped_rows.total()
+        rows_in = total.rows["in"] - total.rows["split"] + total.rows["made"]
+        dropped = total.dropped_rows.total()
         if dropped <= max_dropped * rows_in:
             return
         reasons = ", ".join(f"{reason} ({count:,})" for reason, count in total.dropped_rows.most_common())
@@ -173,6 +190,12 @@ def render_ledger(ledger: dict[str, Any]) -> list[str]:
         table.append([name, *_counts(rows, ("in", "trained", "left_out")), f"{source['times']:g}"])
         table[-1] += _counts(tokens, ("in", "trained", "masked", "truncated", "left_out"))
     lines = _aligned(table)
+    if total["rows"].get("split"):
+        split, made = total["rows"]["split"], total["rows"]["made"]
+        lines.append(f"split {split:,} conversations into {made:,} rows: the template rewrites history")
+    if total["rows"].get("held_out"):
+        rows, tokens = total["rows"]["held_out"], total["tokens"]["held_out"]
+        lines.append(f"held out for certificates: {rows:,} rows and {tokens:,} tokens")
     for reason in {**total["rows"]["dropped"], **total["tokens"]["dropped"]}:
         rows, tokens = total["rows"]["dropped"].get(reason, 0), total["tokens"]["dropped"].get(reason, 0)
         amount = " and ".join(f"{count:,} {unit}" for count, unit in ((rows, "rows"), (tokens, "tokens")) if count)

@@ -7,13 +7,14 @@ Key grammar (peft 0.21, after the prefix `base_model.model.`):
     MODULE.token_adapter.trainable_tokens_delta                         trained rows; new values, not differences
     MODULE.base_layer.weight, MODULE.token_adapter.base_layer.weight    a copy of the base's own tensor
     MODULE.weight, MODULE.bias                                          modules_to_save, bias, resized embeddings
+    ...experts[.base_layer].lora_A.weight, ....lora_B.weight            target_parameters: all experts of a layer
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 HEADS = ("lm_head", "embed_out")
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+"""Parameters of a runtime's module of experts, in the order in which it declares them."""
 
 _KEY = re.compile(
     r"(?P<module>.+?)\."
@@ -44,7 +47,6 @@ _UNKNOWN = (
     "monteclora_config",
     "velora_config",
     "alora_invocation_tokens",
-    "target_parameters",
 )
 """Settings that change what the factors mean."""
 
@@ -60,6 +62,9 @@ class LowRank:
     transposed: bool
     """The base stores (in, out): embeddings and Conv1D."""
     magnitude: TensorInfo | None = None
+    step: int = 1
+    column: int = 0
+    """B's columns are every `step`-th from `column` on: those between belong to other experts."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,8 @@ class Adapter:
     edits: dict[str, list[Edit]]
     """Copies of the base's own tensors first."""
     stamps: dict[Path, tuple[int, int, int]]
+    fused: dict[str, LowRank] = field(default_factory=dict)
+    """On parameters of all experts of a layer, which only the runtime has: see `experts`; `step` is their number."""
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -120,6 +127,7 @@ def read_adapter(folder: Path) -> Adapter:
             raise CheckpointError(str(file), f"key {info.name} ({info.dtype}) is not understood", "nothing was merged")
         part = match["part"].removesuffix(".weight") if match["part"].startswith("lora_mag") else match["part"]
         modules.setdefault(match["module"], {})[part.removeprefix("token_adapter.")] = info
+    fused = _fused(modules, config)
     edits: dict[str, list[Edit]] = {}
     for module, parts in modules.items():
         trained = _trained(module, parts, config)
@@ -128,9 +136,9 @@ def read_adapter(folder: Path) -> Adapter:
         if parts:
             left = ", ".join(info.name for info in parts.values())
             raise CheckpointError(str(file), f"no use for {left}", "nothing was merged")
-    if not edits:
+    if not edits and not fused:
         raise CheckpointError(str(file), "holds no tensor", "train the adapter again")
-    return Adapter(folder, config, edits, stamps)
+    return Adapter(folder, config, edits, stamps, fused)
 
 
 def _checked_config(folder: Path) -> dict[str, Any]:
@@ -170,7 +178,8 @@ def _trained(module: str, parts: dict[str, TensorInfo], config: dict[str, Any]) 
             raise CheckpointError(
                 str(there.file), f"{PREFIX}{module}.{lacking} is missing beside {there.name}", "nothing was merged"
             )
-        scale = _scale(module, a, b, config)
+        parameter = f"{module}.weight"
+        scale = _scale(parameter if targets_parameter(parameter, config) else module, a, b, config)
         edit = LowRank(a.name, a, b, scale, transposed, _magnitude(module, a, parts, config))
         found.append((f"{module}.weight", edit))
         if bias := parts.pop("lora_B.bias", None):
@@ -191,15 +200,46 @@ def _magnitude(module: str, a: TensorInfo, parts: dict[str, TensorInfo], config:
     return parts.pop("lora_magnitude_vector")
 
 
-def _scale(module: str, a: TensorInfo, b: TensorInfo, config: dict[str, Any]) -> float:
+def _scale(name: str, a: TensorInfo, b: TensorInfo, config: dict[str, Any], experts: int = 1) -> float:
     """alpha / r (LoRA, arXiv 2106.09685) or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
-    r = _by_pattern(config.get("rank_pattern"), module, config["r"])
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != r or b.shape[1] != r:
+    r = _rank(name, config)
+    alpha = _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != r * experts or b.shape[1] != r * experts:
         raise CheckpointError(
             str(a.file), f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} do not have rank {r}", f"see {CONFIG}"
         )
     return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+
+
+def _rank(name: str, config: dict[str, Any]) -> int:
+    return _by_pattern(config.get("rank_pattern"), name, config["r"])
+
+
+def targets_parameter(name: str, config: dict[str, Any]) -> bool:
+    """peft's rule for `target_parameters`: the whole name of a parameter, or its end."""
+    return any(name == target or name.endswith(f".{target}") for target in config.get("target_parameters") or [])
+
+
+def _fused(modules: dict[str, dict[str, TensorInfo]], config: dict[str, Any]) -> dict[str, LowRank]:
+    """Takes the factors of parameters that hold all experts out of `modules`.
+
+    peft wraps a module once for each targeted parameter, in the order of their declaration, so a key tells its
+    parameter by how many `base_layer` it goes through: none for the last. A is (experts * r, in) with the rows
+    of one expert together, B is (out, r * experts) with the columns of one expert `experts` apart.
+    """
+    found: dict[str, LowRank] = {}
+    holders = {re.sub(r"(\.base_layer)+$", "", module) for module in modules}
+    for holder in sorted(holder for holder in holders if holder.endswith(".experts")):
+        names = [f"{holder}.{part}" for part in EXPERT_PARAMETERS]
+        targeted = [name for name in names if targets_parameter(name, config)]
+        for depth, name in enumerate(reversed(targeted)):
+            parts = modules.get(holder + ".base_layer" * depth, {})
+            if config.get("use_dora") or not {"lora_A.weight", "lora_B.weight"} <= parts.keys():
+                continue  # left over, and refused
+            a, b = parts.pop("lora_A.weight"), parts.pop("lora_B.weight")
+            experts = max(1, a.rows // _rank(name, config))
+            found[name] = LowRank(a.name, a, b, _scale(name, a, b, config, experts), transposed=False, step=experts)
+    return found
 
 
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from posttrain.artifact import publish_folder
 from posttrain.errors import CheckpointError, UserError
-from posttrain.merging.adapter import read_adapter
+from posttrain.merging.adapter import LowRank, read_adapter
+from posttrain.merging.atomic import build_folder
 from posttrain.merging.checkpoint import INDEX, Checkpoint, check_stamps, open_checkpoint
 from posttrain.merging.config import merged_config
-from posttrain.merging.edits import BLOCK, merged_blocks
-from posttrain.merging.header import FLOATS, read_bytes
+from posttrain.merging.edits import BLOCK, merged_blocks, row_blocks
+from posttrain.merging.header import FLOATS, TensorInfo
 from posttrain.merging.plan import Output, Plan, plan_merge
-from posttrain.merging.quantization import QuantSpec, is_quantised, torch_dtype
+from posttrain.merging.quantization import QuantSpec, check_modules, is_quantised, torch_dtype
 from posttrain.merging.report import MergeReport, Survival, TensorReport
+from posttrain.merging.tensors import CODES, TORCH, ReadAhead, ReadBytes, byte_blocks, byte_range, read_into, streaming
 from posttrain.merging.writer import (
     FileWriter,
     Slot,
@@ -33,6 +35,8 @@ from posttrain.merging.writer import (
 )
 
 BaseMode = Literal["original", "dequantized"]
+_LARGE = 1 << 20
+"""Elements of a tensor whose figures are taken from a sample of its rows."""
 
 
 def merge(
@@ -56,22 +60,11 @@ def merge(
         UserError: `out` exists, or lies inside a folder that is read.
         CheckpointError: as `merge_into`.
     """
-    if out.exists():
-        raise UserError(str(out), "exists already", "choose another folder, or move it aside")
-    for source in (base, *adapters):
-        if out.resolve().is_relative_to(source.resolve()):
-            raise UserError(str(out), f"lies inside {source}, which is read", "choose another folder")
-    partial = out.with_name(out.name + ".merging")  # not `.partial`: that is where stages keep their checkpoints
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
-        report = merge_into(partial, base, adapters, dtype, base_mode, quantization, max_shard_size)
-        publish_folder(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return report
+    return build_folder(
+        out,
+        [base, *adapters],
+        lambda partial: merge_into(partial, base, adapters, dtype, base_mode, quantization, max_shard_size),
+    )
 
 
 def merge_into(
@@ -101,8 +94,10 @@ def merge_into(
     Raises:
         CheckpointError: anything in the folders that cannot be merged, naming file and key; no room on disk.
     """
-    spec, target = _spec(base_mode, quantization), torch_dtype(dtype)
+    spec, target = _spec(base_mode, quantization), CODES[torch_dtype(dtype)]
     checkpoint, chain = open_checkpoint(base), [read_adapter(path) for path in adapters]
+    if spec:
+        check_modules(spec, checkpoint.tensors)
     plan = plan_merge(checkpoint, chain)
     slots = [Slot(output.name, _stored_dtype(output, target), output.source.shape) for output in plan.outputs]
     total = sum(slot.nbytes for slot in slots)
@@ -138,7 +133,7 @@ def _spec(base_mode: str, quantization: QuantSpec | None) -> QuantSpec | None:
     return quantization
 
 
-def _stored_dtype(output: Output, target: torch.dtype) -> torch.dtype:
+def _stored_dtype(output: Output, target: str) -> str:
     return target if output.source.dtype in FLOATS else output.source.dtype
 
 
@@ -147,26 +142,36 @@ def _write_shards(
 ) -> tuple[dict[str, dict[str, Any]], list[TensorReport], int]:
     """Writes all weights; returns the files' digests, the touched tensors' figures, how many were plain copies."""
     outputs = {output.name: output for output in plan.outputs}
+    slots = [slot for shard in shards.values() for slot in shard]
+    pieces = (piece for slot in slots for piece in _pieces(outputs[slot.name], slot, spec, block))
     files: dict[str, dict[str, Any]] = {}
     reports: list[TensorReport] = []
     copied = 0
-    for name, shard in shards.items():
-        with FileWriter(folder / name) as writer:
-            writer.write(shard_header(shard))
-            for slot in shard:
-                output = outputs[slot.name]
-                if output.touched:
-                    reports.append(_write_merged(writer, output, slot, spec, block))
-                elif _is_same(output, slot, spec):
-                    copied += 1
-                    for piece in read_bytes(output.source):
-                        writer.write(piece)
-                else:
-                    _write_cast(writer, output, slot, spec, block)
-        files[name] = writer.describe()
+    with streaming(), ReadAhead(pieces) as read:
+        for name, shard in shards.items():
+            with FileWriter(folder / name) as writer:
+                writer.write(shard_header(shard))
+                for slot in shard:
+                    output = outputs[slot.name]
+                    if output.touched:
+                        reports.append(_write_merged(writer, output, slot, spec, block, read))
+                    elif _is_same(output, slot, spec):
+                        copied += 1
+                        for source, begin, length in byte_blocks(output.source):
+                            read_into(writer.room(length), source, begin)
+                    else:
+                        _write_cast(writer, output, slot, spec, block, read)
+            files[name] = writer.describe()
     if len(shards) > 1:
         files[INDEX] = write_index(folder, shards)
     return files, reports, copied
+
+
+def _pieces(output: Output, slot: Slot, spec: QuantSpec | None, block: int) -> Iterator[tuple[TensorInfo, int, int]]:
+    """What is read ahead at once of an output's source; copies are read straight into the writer's memory."""
+    if output.touched or not _is_same(output, slot, spec):
+        for start, stop in row_blocks(output.source.shape, block, together=4):
+            yield output.source, *byte_range(output.source, start, stop)
 
 
 def _is_same(output: Output, slot: Slot, spec: QuantSpec | None) -> bool:
@@ -176,29 +181,37 @@ def _is_same(output: Output, slot: Slot, spec: QuantSpec | None) -> bool:
         return dtype == slot.dtype
     if spec is None:
         return True
-    return not is_quantised(output.source, spec) and spec.dtype in (dtype, torch.float32)
+    return not is_quantised(output.source, spec) and spec.dtype in (TORCH[dtype], torch.float32)
 
 
-def _write_merged(writer: FileWriter, output: Output, slot: Slot, spec: QuantSpec | None, block: int) -> TensorReport:
-    survival = Survival(output.name)
-    for base, merged in merged_blocks(output, spec, block):
-        rounded = merged.to(slot.dtype)
-        survival.add(base, merged, rounded)
-        writer.write_tensor(rounded)
+def _write_merged(
+    writer: FileWriter, output: Output, slot: Slot, spec: QuantSpec | None, block: int, read: ReadBytes
+) -> TensorReport:
+    dense = all(isinstance(edit, LowRank) for edit in output.edits) and output.source is output.base
+    survival = Survival(output.name, every=4 if dense and output.source.numel > _LARGE else 1)
+    for base, merged in merged_blocks(output, spec, block, read):
+        survival.add(base, merged, _round(writer, merged, slot))
     keys = tuple(edit.key for edit in output.edits)
     if output.source is not output.base:
         keys = (output.source.name, *keys)
     return survival.report(keys, output.source.shape == output.base.shape)
 
 
-def _write_cast(writer: FileWriter, output: Output, slot: Slot, spec: QuantSpec | None, block: int) -> None:
-    for values, _ in merged_blocks(output, spec, block):
-        rounded = values.to(slot.dtype)
-        if slot.dtype == torch.float16 and not torch.equal(rounded.isfinite(), values.isfinite()):
+def _write_cast(
+    writer: FileWriter, output: Output, slot: Slot, spec: QuantSpec | None, block: int, read: ReadBytes
+) -> None:
+    for values, _ in merged_blocks(output, spec, block, read):
+        rounded = _round(writer, values, slot)
+        if slot.dtype == "F16" and not torch.equal(rounded.isfinite(), values.isfinite()):
             raise CheckpointError(
                 str(output.source.file), f"{output.name} overflows float16", "choose bfloat16 or float32"
             )
-        writer.write_tensor(rounded)
+
+
+def _round(writer: FileWriter, rows: torch.Tensor, slot: Slot) -> torch.Tensor:
+    """Rounds fp32 rows to the output's dtype, in the very memory that is written."""
+    dtype = TORCH[slot.dtype]
+    return writer.room(rows.numel() * dtype.itemsize).view(dtype).view(rows.shape).copy_(rows)
 
 
 def _write_configs(folder: Path, base: Checkpoint, plan: Plan, dtype: str) -> dict[str, dict[str, Any]]:

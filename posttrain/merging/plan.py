@@ -10,7 +10,9 @@ import torch
 from posttrain.errors import CheckpointError
 from posttrain.merging.adapter import CONFIG, EMBEDDINGS, HEADS, Adapter, Add, Edit, LowRank, Replace, Rows
 from posttrain.merging.checkpoint import Checkpoint
-from posttrain.merging.header import FLOATS, TensorInfo, read_rows
+from posttrain.merging.experts import is_expert, name_by_files
+from posttrain.merging.header import FLOATS, TensorInfo
+from posttrain.merging.tensors import read_rows
 
 _OTHER_BASE = "use the base that this adapter was trained on"
 _BLOCK = 1 << 22
@@ -69,7 +71,7 @@ def plan_merge(base: Checkpoint, adapters: list[Adapter]) -> Plan:
     if tie:
         originals[tie.alias] = base.tensors[tie.stored]
     sources, edits, tied = dict(originals), {name: list[Edit]() for name in originals}, True
-    for adapter in adapters:
+    for adapter in (name_by_files(adapter, base) for adapter in adapters):
         own = {name: _without_stale_copies(name, own, sources, adapter) for name, own in adapter.edits.items()}
         _check_coverage(sources, adapter)
         if tie:
@@ -200,6 +202,8 @@ def _check_coverage(sources: dict[str, TensorInfo], adapter: Adapter) -> None:
     for name, info in sources.items():
         module, _, kind = name.rpartition(".")
         if kind != "weight" or len(info.shape) != 2 or not _matches(config["target_modules"], module):
+            continue
+        if is_expert(name):  # no module of its own in the runtime
             continue
         if _matches(config.get("exclude_modules"), module) or _matches(config.get("modules_to_save"), module):
             continue

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import sys
+from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +17,19 @@ from typing import Any
 import torch
 
 from posttrain.errors import CheckpointError
+from posttrain.merging.atomic import disk_errors
 from posttrain.merging.checkpoint import INDEX, WEIGHTS
-from posttrain.merging.header import encode_header
+from posttrain.merging.header import BYTES, encode_header
 
 _SUFFIX = ".incomplete"
+_BUFFER = 4 << 20
+"""Bytes that are hashed and written at once."""
+_BUFFERS = 4
+"""Most buffers that wait to be hashed and written."""
+_WRITE = 512 << 10
+"""Bytes of one system call: for larger ones Linux takes larger pages, which may cost it more than the copying."""
+_FLUSH = 32 << 20
+"""Bytes after which the kernel is told to begin writing them to disk."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +37,14 @@ class Slot:
     """One tensor to be written."""
 
     name: str
-    dtype: torch.dtype
+    dtype: str
+    """As the format spells it, a key of `header.BYTES`."""
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * BYTES[self.dtype]
 
 
 def assign_shards(slots: Iterable[Slot], max_shard_size: int) -> list[list[Slot]]:
@@ -59,43 +73,90 @@ class FileWriter:
     Args:
         path: the final name; while writing, the bytes are in `.NAME.incomplete` beside it.
 
-    Leaving the `with` block by an exception leaves nothing behind.
+    Bytes are gathered in a few buffers, which one thread hashes and another writes while the caller fills the
+    next. Errors of theirs are raised by a later call, or by the end of the `with` block. Leaving that by an
+    exception leaves nothing behind.
+
+    Raises:
+        CheckpointError: from any method: the disk is full, or does not take what is written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._temporary = path.with_name(f".{path.name}{_SUFFIX}")
         self._digest = hashlib.sha256()
-        self._bytes = 0
+        self._written = self._flushed = self._filled = 0
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._pending: deque[tuple[torch.Tensor, Future[None], Future[None]]] = deque()
 
     def __enter__(self) -> FileWriter:
-        self._stream = self._temporary.open("wb", buffering=0)
+        with disk_errors(self.path):
+            self._stream = self._temporary.open("wb", buffering=0)
+        self._hasher, self._writer = ThreadPoolExecutor(1, "hash"), ThreadPoolExecutor(1, "write")
         return self
 
+    def room(self, length: int) -> torch.Tensor:
+        """Memory (uint8) of the next `length` bytes of the file, to be filled before the next call."""
+        if self._filled + length > len(self._buffer):
+            self._submit()
+            self._buffer = self._free_buffer(length)
+        self._filled += length
+        return self._buffer[self._filled - length : self._filled]
+
     def write(self, block: bytes | memoryview) -> None:
-        """Appends bytes to the file and to its hash."""
-        self._digest.update(block)
-        rest = memoryview(block)
-        while rest:
-            rest = rest[self._stream.write(rest) :]
-        self._bytes += len(block)
+        """Appends bytes."""
+        memoryview(self.room(len(block)).numpy())[:] = block
 
     def write_tensor(self, tensor: torch.Tensor) -> None:
         """Appends a tensor's elements, row after row."""
-        if tensor.numel():
-            self.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        for part in tensor.contiguous().view(-1).view(torch.uint8).split(_BUFFER):
+            self.room(len(part)).copy_(part)
 
     def describe(self) -> dict[str, Any]:
-        """{"sha256", "bytes"} of what was written."""
-        return {"sha256": self._digest.hexdigest(), "bytes": self._bytes}
+        """{"sha256", "bytes"} of what was written, after the `with` block."""
+        return {"sha256": self._digest.hexdigest(), "bytes": self._written}
+
+    def _submit(self) -> None:
+        content = memoryview(self._buffer.numpy())[: self._filled]
+        hashed, written = self._hasher.submit(self._digest.update, content), self._writer.submit(self._put, content)
+        self._pending.append((self._buffer, hashed, written))
+        self._filled = 0
+
+    def _free_buffer(self, length: int) -> torch.Tensor:
+        """A buffer that both threads are done with, or a new one while there are few."""
+        while len(self._pending) >= _BUFFERS:
+            buffer, *steps = self._pending.popleft()
+            for step in steps:
+                step.result()
+            if len(buffer) >= length:
+                return buffer
+        return torch.empty(max(length, _BUFFER), dtype=torch.uint8)
+
+    def _put(self, content: memoryview) -> None:
+        with disk_errors(self.path):
+            while content:
+                count = self._stream.write(content[:_WRITE])
+                self._written += count
+                content = content[count:]
+        new = self._written - self._flushed
+        if sys.platform == "linux" and new >= _FLUSH:  # the disk works now, not only in the sync at the end
+            os.posix_fadvise(self._stream.fileno(), self._flushed, new, os.POSIX_FADV_DONTNEED)
+            self._flushed = self._written
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            os.fsync(self._stream.fileno())
-        self._stream.close()
-        if kind is None:
-            self._temporary.replace(self.path)
-        else:
+        try:
+            if kind is None:
+                self._submit()
+                for _, *steps in self._pending:
+                    for step in steps:
+                        step.result()
+                with disk_errors(self.path):
+                    os.fsync(self._stream.fileno())
+                self._temporary.replace(self.path)
+        finally:
+            for thread in (self._hasher, self._writer):
+                thread.shutdown(cancel_futures=True)
+            self._stream.close()
             self._temporary.unlink(missing_ok=True)
 
 
@@ -106,7 +167,7 @@ def shard_header(shard: list[Slot]) -> bytes:
 
 def aligned(slots: list[Slot]) -> list[Slot]:
     """Orders a shard so that every tensor starts at a multiple of its element size: widest elements first."""
-    return sorted(slots, key=lambda slot: -slot.dtype.itemsize)
+    return sorted(slots, key=lambda slot: -BYTES[slot.dtype])
 
 
 def write_file(path: Path, content: bytes) -> dict[str, Any]:
@@ -121,7 +182,7 @@ def write_index(folder: Path, shards: dict[str, list[Slot]]) -> dict[str, Any]:
     slots = [slot for shard in shards.values() for slot in shard]
     index = {
         "metadata": {
-            "total_parameters": sum(torch.Size(slot.shape).numel() for slot in slots),
+            "total_parameters": sum(math.prod(slot.shape) for slot in slots),
             "total_size": sum(slot.nbytes for slot in slots),
         },
         "weight_map": dict(sorted((slot.name, name) for name, shard in shards.items() for slot in shard)),

@@ -14,7 +14,18 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules")
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")
+_MODEL_SUFFIXES = {".json", ".safetensors", ".model", ".txt", ".jinja"}
+_OURS = ("stage.json", "job.json", "log.txt")
 _AGAIN = "the folder is incomplete: copy, download or train it again"
+
+
+def files_of_model(folder: Path) -> list[Path]:
+    """The files at the top of a folder that make it a model, by name: config, tokenizer, weights, template."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix in _MODEL_SUFFIXES and path.name not in _OURS
+    ]
 
 
 def tensor_header(path: Path) -> dict[str, Any]:
@@ -56,8 +67,8 @@ def _fits(entry: dict[str, Any]) -> bool:
     return width is None or math.prod(entry["shape"]) * width == end - begin
 
 
-def model_tensors(folder: Path) -> dict[str, list[int]]:
-    """Returns name -> shape over all shards of a model folder.
+def model_headers(folder: Path) -> dict[str, tuple[Path, int, dict[str, Any]]]:
+    """Returns name -> (file, first byte of its data, header entry) over all shards of a model folder.
 
     Raises:
         CheckpointError: no weights, a missing or truncated shard, a tensor that its shard does not hold.
@@ -65,13 +76,27 @@ def model_tensors(folder: Path) -> dict[str, list[int]]:
     weights, index = folder / _WEIGHTS, folder / _INDEX
     if weights.exists() or not index.exists():  # as transformers: a single file goes before an index
         _refuse_other_formats(weights)
-        return {name: entry["shape"] for name, entry in tensor_header(weights).items()}
+        header = tensor_header(weights)
+        start = _data_start(weights)
+        return {name: (weights, start, entry) for name, entry in header.items()}
     weight_map = _weight_map(index)
     headers = {name: tensor_header(folder / name) for name in sorted(set(weight_map.values()))}
     for tensor, shard in weight_map.items():
         if tensor not in headers[shard]:
             raise CheckpointError(str(folder / shard), f"does not hold {tensor}, which the index promises", _AGAIN)
-    return {tensor: headers[shard][tensor]["shape"] for tensor, shard in weight_map.items()}
+    starts = {name: _data_start(folder / name) for name in headers}
+    return {name: (folder / shard, starts[shard], headers[shard][name]) for name, shard in weight_map.items()}
+
+
+def model_tensors(folder: Path) -> dict[str, list[int]]:
+    """Returns name -> shape over all shards of a model folder; raises as `model_headers`."""
+    return {name: entry["shape"] for name, (_, _, entry) in model_headers(folder).items()}
+
+
+def _data_start(path: Path) -> int:
+    """First byte after the header of a safetensors file."""
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
 
 
 def _refuse_other_formats(weights: Path) -> None:

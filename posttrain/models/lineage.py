@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain.artifact import Artifact
+from posttrain.artifact import Artifact, DigestCache, sha256
 from posttrain.errors import CheckpointError
+from posttrain.models.files import files_of_model
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,10 @@ class Quantization:
     source_dtype: str
     """Dtype the weights had just before they were quantised: `bfloat16`, `float16`, `float32`."""
     blocksize: int = 64
+    modules: tuple[str, ...] | None = field(default=None, compare=False, repr=False)
+    """What was quantised, by the names in the loaded base; None in records from before this was noted."""
+    device: str = field(default="cpu", compare=False, repr=False)
+    """Where it was quantised, `cpu` or `cuda`: the two differ in rare roundings."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,14 @@ def read_lineage(saved: dict[str, Any], run_dir: Path) -> Lineage:
         Link((run_dir / entry["folder"]).resolve(), entry["label"], entry["fingerprint"])
         for entry in (saved["base"], *saved["adapters"])
     ]
-    quantization = Quantization(**saved["quantization"]) if saved["quantization"] else None
-    return Lineage(links[0], tuple(links[1:]), quantization)
+    return Lineage(links[0], tuple(links[1:]), _read_quantization(saved["quantization"]))
+
+
+def _read_quantization(saved: dict[str, Any] | None) -> Quantization | None:
+    if not saved:
+        return None
+    modules = saved.get("modules")
+    return Quantization(**saved | {"modules": tuple(modules) if modules is not None else None})
 
 
 def lineage_of(folder: Path, ref: str) -> Lineage:
@@ -92,6 +103,30 @@ def lineage_of(folder: Path, ref: str) -> Lineage:
     for link in (lineage.base, *lineage.adapters):
         _verify(link, folder)
     return lineage
+
+
+def prove_base(lineage: Lineage) -> str:
+    """Proves from its bytes that the base is the one that the oldest adapter was trained on; says by what.
+
+    Raises:
+        CheckpointError: it is another one, though its record or place may be the same.
+    """
+    base, made = Artifact.read(lineage.base.folder), Artifact.read(lineage.adapters[0].folder)
+    wanted_by = lineage.adapters[0].label
+    todo = f"restore the base that {wanted_by} was trained on, or train it again on this one"
+    if lineage.base.fingerprint and base is not None:
+        for name, seen in base.record.files.items():
+            path = base.folder / name
+            if not path.is_file() or sha256(path) != seen["sha256"]:
+                raise CheckpointError(str(path), f"is not what {wanted_by} was trained on", todo)
+        return "the SHA-256 of its files, in its record"
+    known = made.record.identity.get("model", {}) if made is not None else {}
+    if "content" in known:
+        files = files_of_model(lineage.base.folder)
+        if DigestCache(lineage.base.folder / ".no-cache").tree(lineage.base.folder, files) != known["content"]:
+            raise CheckpointError(str(lineage.base.folder), f"is not what {wanted_by} was trained on", todo)
+        return "the SHA-256 of its files, in the adapter's record"
+    return f"commit {known['commit']}" if "commit" in known else "nothing but the word of whoever named it"
 
 
 def _verify(link: Link, wanted_by: Path) -> None:

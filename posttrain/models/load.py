@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from posttrain.errors import CheckpointError, StageError
-from posttrain.models.files import verify_adapter_files, verify_adapter_fits, verify_model_files
+from posttrain.merging.adapter import EMBEDDINGS
+from posttrain.models.files import tensor_header, verify_adapter_files, verify_adapter_fits, verify_model_files
 from posttrain.models.lineage import Lineage, Quantization
 
 _WRAPPED = r".*\.(original_module|modules_to_save|token_adapter)(\..*)?"
@@ -106,6 +108,14 @@ def _keep_unpacked(model: PreTrainedModel) -> None:
         module.support_avx512bf16_for_cpu = False
 
 
+def quantised_modules(model: torch.nn.Module) -> tuple[str, ...]:
+    """Names of the modules held in 4 bits, as they are without adapters around them."""
+    from bitsandbytes.nn import Linear4bit
+
+    found = (name for name, module in model.named_modules() if isinstance(module, Linear4bit))
+    return tuple(re.sub(r"^base_model\.model\.|\.(base_layer|original_module)$", "", name) for name in found)
+
+
 def load_policy(
     lineage: Lineage, dtype: torch.dtype, device: str, attn_implementation: str
 ) -> PreTrainedModel | PeftModel:
@@ -115,11 +125,29 @@ def load_policy(
         CheckpointError: damaged files, or an adapter made for another base.
     """
     model = load_base(lineage.base.folder, dtype, device, attn_implementation, lineage.quantization)
+    return put_adapters(model, lineage)
+
+
+def put_adapters(model: PreTrainedModel, lineage: Lineage) -> PreTrainedModel | PeftModel:
+    """Puts all adapters of a lineage on its base, active and frozen, and returns the whole in eval mode.
+
+    Where an adapter brings a longer embedding, the base's vocabulary grows first: peft only fills what is there.
+    """
+    rows = max((_embedding_rows(link.folder) for link in lineage.adapters), default=0)
+    if rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
     for number, link in enumerate(lineage.adapters):
         model = _put_frozen(model, link.folder, f"parent{number}", lineage.base.folder)
     if lineage.adapters:
         _activate(model, [f"parent{number}" for number in range(len(lineage.adapters))], trained=None)
     return model.eval()
+
+
+def _embedding_rows(folder: Path) -> int:
+    """Rows of the whole embedding in an adapter's file; 0 where it has none."""
+    tensors = tensor_header(folder / "adapter_model.safetensors")
+    whole = [f"{name}.{part}weight" for name in EMBEDDINGS for part in ("", "base_layer.", "token_adapter.base_layer.")]
+    return max((entry["shape"][0] for name, entry in tensors.items() if name.endswith(tuple(whole))), default=0)
 
 
 def _put_frozen(model: Any, folder: Path, name: str, base: Path) -> PeftModel:

@@ -15,7 +15,7 @@ from posttrain.chat.templates import load_template
 from posttrain.errors import ChatError, UserError
 from posttrain.pipeline.inputs import Input, Inputs
 from posttrain.recipe.load import LoadedRecipe
-from posttrain.recipe.schema import AnyStage, Dpo, Pretrain, Sft
+from posttrain.recipe.schema import AnyStage, Dpo, Merge, Pretrain, Sft
 from posttrain.recipe.trainer_lists import identity_of, resolve_trainer
 from posttrain.stages import KINDS
 from posttrain.stages.context import Job
@@ -55,6 +55,7 @@ def describe(loaded: LoadedRecipe, name: str, inputs: Inputs) -> Job:
         "precision": recipe.precision,
         "trainer": identity_of(stage.kind, trainer) if isinstance(stage, (Pretrain, Sft, Dpo)) else None,
         **{key: value for key, value in config.items() if key not in _APART | _EXECUTION | reads.keys()},
+        "order": list(stage.models) if isinstance(stage, Merge) and stage.models else None,
         **_of_inputs(reads),
         **by_content,
     }
@@ -80,7 +81,7 @@ def describe(loaded: LoadedRecipe, name: str, inputs: Inputs) -> Job:
 
 def references(stage: AnyStage) -> dict[str, str]:
     """Returns what a stage reads, as the recipe spells it: label -> `@stage`, path or hub id."""
-    given = stage.model_dump(include={"model", "models", "report", "tokenizer"})
+    given = stage.model_dump(include={"model", "models", "base_model", "report", "tokenizer"})
     found = {label: ref for label, ref in given.items() if isinstance(ref, str)}
     return found | {f"models.{column}": ref for column, ref in (given.get("models") or {}).items()}
 

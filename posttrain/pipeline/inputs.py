@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from posttrain.artifact import RECORD, Artifact, DigestCache, fingerprint, write_atomically
+from posttrain.artifact import Artifact, DigestCache, fingerprint, write_atomically
 from posttrain.data.files import source_files
 from posttrain.data.read import locate
 from posttrain.errors import CheckpointError, UserError
+from posttrain.models.files import files_of_model
 from posttrain.models.hub import HubId, StageRef, parse_reference, resolve
 
 JOB, LOG = "job.json", "log.txt"
-_MODEL_SUFFIXES = {".json", ".safetensors", ".model", ".txt", ".jinja"}
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Inputs:
 
     def _folder(self, folder: Path, where: str) -> dict[str, Any]:
         """Identity of a model or adapter folder: its files, and what its own record or base adds."""
-        files = list(_model_files(folder))
+        files = files_of_model(folder)
         if not any(path.suffix in (".json", ".model") for path in files):
             raise CheckpointError(where, f"{folder} holds no model", "name a folder with config.json or an adapter's")
         identity: dict[str, Any] = {"content": self.cache.tree(folder, files)}
@@ -147,10 +147,3 @@ def _readable(where: str) -> Iterator[None]:
     except OSError as error:
         found = f"{error.filename} cannot be read ({error.strerror})"
         raise UserError(where, found, "check the file and its permissions") from None
-
-
-def _model_files(folder: Path) -> Iterator[Path]:
-    """Yields the files at the top of a folder that make it a model: config, tokenizer, weights, template."""
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in _MODEL_SUFFIXES and path.name not in (RECORD, JOB, LOG):
-            yield path

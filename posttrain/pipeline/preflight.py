@@ -136,7 +136,7 @@ def _check_model(loaded: LoadedRecipe, job: Job, label: str, validated: Validate
     for link in lineage.adapters:
         verify_adapter_files(link.folder)
         verify_adapter_fits(link.folder, lineage.base.folder)
-    if job.kind == "merge" and not lineage.adapters:
+    if job.kind == "merge" and label == "model" and not lineage.adapters and "scale" not in job.config:
         raise RecipeError(where, f"{given['ref']} is a whole model, there is nothing to merge", "leave it out")
     if job.kind in ("pretrain", "publish") and lineage.adapters:
         raise CheckpointError(where, f"{given['ref']} is an adapter", "merge it first")
@@ -181,13 +181,18 @@ def _template(job: Job, folder: Path, where: str) -> ChatTemplate | None:
 
 
 def _check_tokens(folder: Path, template: ChatTemplate, config: dict[str, Any], where: str) -> None:
-    """Loads a tokenizer, and proves that the template's control tokens are tokens of it, with embedding rows."""
-    from posttrain.chat.contract import control_tokens, end_of_turn
+    """Loads a tokenizer, and proves what needs no weights of the chat contract.
+
+    The template's control tokens are tokens of it, with embedding rows; one of them ends every answer; a
+    conversation does not begin with two BOS tokens.
+    """
+    from posttrain.chat.contract import check_beginning, control_tokens, end_of_turn
     from posttrain.chat.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     try:
         end_of_turn(tokenizer, template)
+        check_beginning(tokenizer, template)
     except ChatError as error:
         raise ChatError(where, f"{error.where}: {error.found}", error.todo) from None
     rows = config.get("vocab_size")

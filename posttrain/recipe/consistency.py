@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from posttrain.recipe.describe import nearest
+from posttrain.recipe.merge_checks import check_merge
 from posttrain.recipe.problems import Problem
 from posttrain.recipe.schema import Dpo, Evaluate, Gate, Merge, Pretrain, Publish, Sft, Snapshots, Stage, Suite
 from posttrain.recipe.yaml12 import KeyPath
 
 _PAIRS = ("auto", "preference", "transcript_pair")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]*")
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:[KMG]I?B)?\s*", re.IGNORECASE)
 METRICS = {
     "bits_per_byte": ("bits_per_byte",),
     "preference": ("accuracy", "accuracy_per_token", "margin", "chosen_logp", "rejected_logp"),
@@ -38,19 +38,20 @@ def check_stage(name: str, stage: Stage) -> Iterator[Problem]:
         yield from _check_suites(path, stage)
         for index, gate in enumerate(stage.require):
             yield from _check_gate((*path, "require", index), gate, stage)
-    if isinstance(stage, Merge) and not _is_size(stage.max_shard_size):
-        yield Problem((*path, "max_shard_size"), f"{stage.max_shard_size!r} is no size", "write 5GB or 500MB")
+    if isinstance(stage, Merge):
+        yield from check_merge(path, stage)
     if isinstance(stage, Publish) and stage.hub is not None and len(stage.hub.split("/")) != 2:
         yield Problem((*path, "hub"), f"{stage.hub!r} is no hub repository", "write owner/name")
 
 
-def _is_size(text: str) -> bool:
-    match = _SIZE.fullmatch(text)
-    return match is not None and float(match[1]) > 0
-
-
 def _check_data(path: KeyPath, stage: Pretrain | Sft | Dpo) -> Iterator[Problem]:
     shapes = [source.shape for source in stage.data.sources]
+    if stage.data.held_out is not None and isinstance(stage, Pretrain):
+        yield Problem((*path, "data", "held_out"), "is about certificates of adapters", "remove it: pretrain has none")
+    if stage.data.history is not None and not isinstance(stage, Sft):
+        yield Problem((*path, "data", "history"), "is about conversations with several answers", "remove it: sft alone")
+    if stage.data.system is not None and isinstance(stage, Pretrain):
+        yield Problem((*path, "data", "system"), "is about conversations", "remove it: pretrain reads texts")
     if stage.data.packing == "wrap":
         if isinstance(stage, Dpo):
             yield Problem((*path, "data", "packing"), "wrap would cut pairs apart", "take bfd")

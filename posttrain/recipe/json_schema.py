@@ -6,7 +6,7 @@ import ast
 import inspect
 from typing import Any
 
-from posttrain.recipe import schema
+from posttrain.recipe import schema, schema_parts
 from posttrain.recipe.trainer_checks import allowed_values, value_range
 from posttrain.recipe.trainer_fields import TrainerField, TrainerKind
 from posttrain.recipe.trainer_lists import BATCH_SIZE, EXECUTION, OWN_DEFAULTS, settable_fields
@@ -93,7 +93,7 @@ def _describe(found: dict[str, Any], definitions: dict[str, Any]) -> None:
 def _attribute_docstrings() -> dict[str, dict[str, str]]:
     """Class name -> field, as a recipe spells it -> the text below it."""
     found: dict[str, dict[str, str]] = {}
-    for item in ast.parse(inspect.getsource(schema)).body:
+    for item in [*ast.parse(inspect.getsource(schema_parts)).body, *ast.parse(inspect.getsource(schema)).body]:
         if isinstance(item, ast.ClassDef):
             texts = found.setdefault(item.name, {})
             for field, below in zip(item.body, item.body[1:], strict=False):

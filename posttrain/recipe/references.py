@@ -18,11 +18,13 @@ _LEAVES = {"pretrain": "a model", "sft": "a model", "dpo": "a model", "merge": "
 
 def references(stage: Stage) -> dict[KeyPath, str]:
     """Every place of a stage where a `@stage` may stand: path inside the stage -> the text there."""
-    if isinstance(stage, Evaluate):
-        return {("models", name): model for name, model in stage.models.items()}
     found: dict[KeyPath, str] = {}
+    if isinstance(stage, (Evaluate, Merge)):
+        found |= {("models", name): model for name, model in stage.models.items()}
     if isinstance(stage, (Pretrain, Sft, Dpo, Merge, Publish)) and stage.model is not None:
         found[("model",)] = stage.model
+    if isinstance(stage, Merge) and stage.base_model is not None:
+        found[("base_model",)] = stage.base_model
     if isinstance(stage, Publish) and stage.report is not None:
         found[("report",)] = stage.report
     return found
@@ -158,9 +160,12 @@ def _check_adapters(name: str, stage: Stage, stages: Stages) -> Iterator[Problem
 
 
 def _check_merge(name: str, stage: Merge, above: list[str]) -> Iterator[Problem]:
-    if not above:
+    if not above and stage.scale is None:
         found = f"{stage.model} leaves a full model: there is no adapter to merge"
         yield Problem(("stages", name, "model"), found, f"use {stage.model} directly and remove this stage")
-    elif stage.base == "dequantized" and "qlora" not in above:
+    elif not above and stage.base_model is None:
+        found = f"{stage.model} leaves a full model, and scale works on its difference to a base"
+        yield Problem(("stages", name, "scale"), found, "give base_model")
+    elif stage.base in ("dequantized", "auto") and "qlora" not in above:
         found = f"{stage.model} was not trained on a quantised base"
         yield Problem(("stages", name, "base"), found, "remove it, or set base: original")

@@ -4,29 +4,16 @@ Names are the ecosystem's own. `trainer:` blocks are plain dicts here; `trainer_
 against the installed TRL and transformers sources. Fields that say only where and how a stage runs
 live in `Runtime` and never enter a fingerprint.
 """
+# ruff: noqa: RUF012  (pydantic copies defaults; ruff does not see that `Model` is one of its classes)
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_serializer, model_validator
+from pydantic.functional_serializers import SerializerFunctionWrapHandler
 
-Json = Any
-
-
-class Model(BaseModel):
-    """Frozen and strict: an unknown key is an error, `"1"` is not a number."""
-
-    # Descriptions for the JSON Schema are read from the source when it is asked for: pydantic would do it
-    # at every start, for 30 ms.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
+from posttrain.recipe.schema_parts import Certificate, Json, Model, ModelInit, Snapshots, TokenizerTraining
 
 
 class Runtime(Model):
@@ -111,6 +98,17 @@ class Data(Model):
     """What happens to a row longer than `max_length`; both are counted in the ledger."""
     max_dropped: float = Field(default=0.02, ge=0, le=1)
     """Largest share of rows that may be dropped before the stage fails."""
+    held_out: int | None = Field(default=None, ge=0)
+    """Rows never trained on, for certificates (sft, dpo). Default: 16, at most 1 %; none of fewer than 100 rows."""
+    history: Literal["refuse", "split"] | None = None
+    """Conversations whose template rewrites earlier turns: `split` makes one row per answer. Default: refuse (sft)."""
+    system: Literal["keep", "fold"] | None = None
+    """`fold` puts system text before the user's next text, for templates that refuse it. Default: keep (sft, dpo)."""
+
+    @field_validator("history", "system")
+    @classmethod
+    def _default_is_absent(cls, value: str | None) -> str | None:
+        return None if value in ("refuse", "keep") else value  # spelled out or not, it is the same stage
 
 
 class LoraSettings(Model):
@@ -187,48 +185,6 @@ class Method(Model):
         return self.lora or self.qlora or self.dora
 
 
-class ModelInit(Model):
-    """Size block of a Llama-architecture model, spelled as in `LlamaConfig`."""
-
-    hidden_size: int = Field(ge=8)
-    num_hidden_layers: int = Field(ge=1)
-    num_attention_heads: int = Field(ge=1)
-    num_key_value_heads: int | None = Field(default=None, ge=1)
-    intermediate_size: int = Field(ge=8)
-    max_position_embeddings: int = Field(default=2048, ge=8)
-    tie_word_embeddings: bool = True
-    rope_theta: float = Field(default=10000.0, gt=0)
-    rms_norm_eps: float = Field(default=1e-5, gt=0)
-
-    @model_validator(mode="after")
-    def _divides(self) -> ModelInit:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError("hidden_size must be a multiple of num_attention_heads")
-        if self.num_attention_heads % (self.num_key_value_heads or self.num_attention_heads):
-            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
-        return self
-
-
-class TokenizerTraining(Model):
-    """A byte-level BPE tokenizer trained on the stage's own texts."""
-
-    vocab_size: int = Field(ge=300)
-    """Entries in all, special and reserved tokens included."""
-    reserved_tokens: list[str] = ["<|im_start|>", "<|im_end|>"]
-    """Control tokens kept for chat; no text ever yields them."""
-
-
-class Snapshots(Model):
-    """Model-only checkpoints that are kept for good (a resume checkpoint is something else)."""
-
-    every: int | None = Field(default=None, ge=1)
-    """Every N steps."""
-    step_zero: bool = False
-    """Also before the first step."""
-    powers_of_two: bool = False
-    """Also at steps 1, 2, 4, 8… below `every`, as Pythia did."""
-
-
 class Stage(Model):
     """What every stage has."""
 
@@ -288,27 +244,40 @@ class Dpo(Stage):
     snapshots: Snapshots | None = None
 
 
-class CertificateLimits(Model):
-    """Largest differences between merged files and the adapter in use before a merge fails."""
-
-    max_logit_difference: float | None = Field(default=None, gt=0)
-    """Largest absolute logit difference; default by dtype and base."""
-    mean_kl: float | None = Field(default=None, gt=0)
-    """Mean KL divergence in nats per token."""
-    min_top1_agreement: float | None = Field(default=None, ge=0, le=1)
-
-
 class Merge(Stage):
-    """Adapters and base become one standalone model, from files, in fp32, rounded once."""
+    """Adapters and base, or several models, become one standalone model, from files, in fp32, rounded once."""
 
     kind: Literal["merge"]
-    model: str
-    base: Literal["original", "dequantized"] | None = None
-    """Which base receives a QLoRA adapter; absent: `dequantized` for QLoRA, `original` elsewhere."""
+    model: str | None = None
+    """An adapter: its whole chain is merged into its base."""
+    scale: float | None = None
+    """With `model`: W + scale * delta instead of the whole delta of an adapter (or of a model beside `base_model`)."""
+    models: dict[str, str] = {}
+    """Instead of `model`: name -> hub id, path or `@stage` of what `method` combines, in this order."""
+    method: Literal["linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties"] | None = None
+    """How `models` are combined; `linear` is their weighted mean, the others work on differences to the base."""
+    base_model: str | None = None
+    """Base of `models`; absent: the one under their adapters."""
+    weights: dict[str, float] = {}
+    """Name of a model -> its weight. Default: equal shares for linear, 1 for the others."""
+    normalize: bool = False
+    """Divide by the sum of the weights."""
+    density: float | None = Field(default=None, gt=0, le=1)
+    """ties, dare: share of each difference that is kept."""
+    t: float | None = Field(default=None, ge=0, le=1)
+    """slerp: 0 is the first model, 1 the second."""
+    base: Literal["original", "dequantized", "auto"] | None = None
+    """Which base receives a QLoRA adapter: as stored, as 4-bit training saw it (default), or the closer of both."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Dtype of the merged weights; absent = the recipe's precision."""
     max_shard_size: str = "5GB"
-    certificate: CertificateLimits = CertificateLimits()
+    certificate: Certificate = Certificate()
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Merge:
+        if (self.model is None) == (not self.models):
+            raise ValueError("give `model` (a chain) or `models` (a combination), exactly one")
+        return self
 
 
 class Check(Model):

@@ -73,13 +73,17 @@ class _Substitution:
         """Changes one stage."""
         kind = stage["kind"]
         stage.pop("runtime", None)
-        for key in ("model", "tokenizer"):
+        for key in ("model", "tokenizer", "base_model"):
             if isinstance(stage.get(key), str):
                 stage[key] = self._model(stage[key], f"stages.{name}.{key}")
         if _is_file(stage.get("chat_template")):
             stage["chat_template"] = str((self.recipe_dir / stage["chat_template"]).resolve())
         if "trainer" in stage or "data" in stage:
             self._training(name, kind, stage)
+        if kind == "merge" and "models" in stage:
+            stage["models"] = {
+                label: self._model(ref, f"stages.{name}.models.{label}") for label, ref in stage["models"].items()
+            }
         if kind == "evaluate":
             self._evaluation(name, stage)
         if kind == "publish":
@@ -89,6 +93,7 @@ class _Substitution:
         data = stage["data"]
         longest = TEXT_LENGTH if kind == "pretrain" else MAX_LENGTH
         data |= {"max_length": min(data.get("max_length", longest), longest), "max_dropped": 1.0}
+        data.pop("held_out", None)
         data["sources"] = [
             self._source(source, _DEFAULT_SHAPE[kind], f"{name}-{number}")
             for number, source in enumerate(data["sources"])

@@ -168,7 +168,12 @@ def _ledger_table(ledger: Mapping[str, Any]) -> list[str]:
         rows.append([_without_folder(name), *(f"{figure:,}" for figure in figures)])
     head = ["source", "rows", "trained on", "left out", "dropped", "tokens", "trained on", "masked", "truncated"]
     lines = table(head, rows)
-    dropped = ledger["total"]["rows"]["dropped"]
+    total = ledger["total"]["rows"]
+    if total.get("split"):
+        lines += ["", f"Split: {total['split']:,} conversations into {total['made']:,} rows, one per answer."]
+    if total.get("held_out"):
+        lines += ["", f"Held out for certificates, never trained on: {total['held_out']:,} rows."]
+    dropped = total["dropped"]
     if dropped:
         lines += ["", "Dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) + "."]
     return lines
@@ -191,8 +196,11 @@ def _certificates(records: Sequence[Record]) -> list[str]:
         if not proof:
             continue
         what = "merged files against the adapter in use" if record.kind == "merge" else "policy against its reference"
-        figures = [[name.replace("_", " "), _number(value)] for name, value in proof.items()]
+        figures = [[name.replace("_", " "), _number(value)] for name, value in proof.items() if value is not None]
         parts += ["", f"{record.stage}: {what}", "", *table(["measured", ""], figures)]
+    if records and records[-1].kind == "merge" and "verdict" in records[-1].summary.get("metrics", {}):
+        verdict = records[-1].summary["metrics"]["verdict"]
+        parts += ["", f"The whole certificate of these files: [certificate.md](certificate.md), verdict {verdict}."]
     return ["", "## Certificates", *parts] if parts else []
 
 

@@ -25,6 +25,8 @@ def report_page(report: Mapping[str, Any]) -> str:
             parts += ["Differences on the same rows (later minus earlier):", "", *difference_table(suite), ""]
         if suite.get("samples"):
             parts += ["Samples:", "", *_sample_table(suite["samples"], models), ""]
+    if report.get("certificates"):
+        parts += ["## Certificates of the merged models", "", *certificate_table(report["certificates"]), ""]
     parts.append("Square brackets hold 95 % intervals: Wilson's for shares, bootstrap over rows (10,000) elsewhere.")
     return "\n".join(parts) + "\n"
 
@@ -74,6 +76,18 @@ def _differences(suite: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells = [difference_text(found[pair], metric["unit"]) if pair in found else "no verdict" for pair in pairs]
         rows.append([_label(name, metric["unit"]), *cells])
     return ["", *(f"{later} − {earlier}" for later, earlier in pairs)], rows
+
+
+def certificate_table(certificates: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a table with a row per merged model, linked to its certificate."""
+    rows = []
+    for one in certificates:
+        logits, source = one["logits"] or {}, (one["rows"] or {}).get("source", "no rows")
+        figures = [f"{logits[key]:.3g}" if key in logits else "" for key in ("relative_error", "mean_kl")]
+        agreement = f"{logits['top1_agreement']:.4f}" if logits else ""
+        link = f"[certificate]({one['page']})"
+        rows.append([one["model"], one["verdict"], *figures, agreement, source.replace("_", " "), link])
+    return table(["model", "verdict", "relative error", "mean KL", "same top token", "rows", "certificate"], rows)
 
 
 def gate_table(gates: Sequence[Mapping[str, Any]]) -> list[str]:

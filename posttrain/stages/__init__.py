@@ -23,9 +23,9 @@ class StageKind:
 
 KINDS: dict[str, StageKind] = {
     "pretrain": StageKind("posttrain.stages.pretrain", 1, trains=True),
-    "sft": StageKind("posttrain.stages.sft", 1, trains=True),
-    "dpo": StageKind("posttrain.stages.dpo", 1, trains=True),
-    "merge": StageKind("posttrain.stages.merge", 1),
+    "sft": StageKind("posttrain.stages.sft", 2, trains=True),
+    "dpo": StageKind("posttrain.stages.dpo", 2, trains=True),
+    "merge": StageKind("posttrain.stages.merge", 2),
     "evaluate": StageKind("posttrain.stages.evaluate", 1),
     "publish": StageKind("posttrain.stages.publish", 1),
 }

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.chat.contract import EndOfTurn, agree, control_tokens, end_of_turn, required_tokens_missing
+from posttrain.chat.contract import (
+    EndOfTurn,
+    agree,
+    check_beginning,
+    control_tokens,
+    end_of_turn,
+    missing_tokens_remedy,
+    required_tokens_missing,
+)
 from posttrain.chat.templates import ChatTemplate, choose_template
 from posttrain.chat.tokenizer import load_any_tokenizer
 from posttrain.errors import ChatError
@@ -28,6 +36,15 @@ class Chat:
         """Ids of the control tokens that the template writes."""
         return sorted({token for _, token in control_tokens(self.tokenizer, self.template)})
 
+    def as_dict(self) -> dict[str, str]:
+        """What a stage's record says of it: template and digest, end of turn, and how answers are found."""
+        return {
+            "template": self.template.name,
+            "digest": self.template.digest,
+            "end_of_turn": self.end.text,
+            "masks": "marks" if self.template.facts.marks == "exact" else "offsets",
+        }
+
 
 def open_chat(parents: Lineage, chosen: str | None, context: Context) -> Chat:
     """Opens the tokenizer of the newest link of a lineage, and the stage's template.
@@ -36,8 +53,8 @@ def open_chat(parents: Lineage, chosen: str | None, context: Context) -> Chat:
         chosen: bundled name or file from the recipe; None = the model's own.
 
     Raises:
-        ChatError: no template anywhere, tokens that the tokenizer lacks, or another template than the one
-            an earlier stage of ours has trained.
+        ChatError: no template anywhere, tokens that the tokenizer lacks, another template than the one an
+            earlier stage of ours has trained, or one that begins conversations with two BOS tokens.
     """
     folder = (parents.adapters[-1] if parents.adapters else parents.base).folder
     tokenizer = load_any_tokenizer(folder)
@@ -46,8 +63,26 @@ def open_chat(parents: Lineage, chosen: str | None, context: Context) -> Chat:
     template = choose_template(folder, chosen, context.recipe_dir, where, settled)
     if missing := required_tokens_missing(tokenizer, template):
         lacks = ", ".join(map(repr, missing))
-        raise ChatError(where, f"{template.name} needs {lacks}, which the tokenizer lacks", "choose another template")
-    return Chat(tokenizer, template, end_of_turn(tokenizer, template))
+        raise ChatError(
+            where, f"{template.name} needs {lacks}, which the tokenizer lacks", missing_tokens_remedy(template)
+        )
+    end = end_of_turn(tokenizer, template)
+    check_beginning(tokenizer, template)
+    return Chat(tokenizer, _marked(tokenizer, template, context), end)
+
+
+def _marked(tokenizer: Any, template: ChatTemplate, context: Context) -> ChatTemplate:
+    """The template with marks where they can be proved; what is saved of it, and its digest, stay the same."""
+    if template.facts.marks != "unproved":
+        return template
+    from posttrain.chat.marking import mark  # only templates that are not ours need it
+
+    marking = mark(tokenizer, template)
+    if marking.template is not None and marking.template.digest == template.digest:
+        return marking.template
+    reason = marking.reason or "marks would change the text that is saved"
+    context.events("note", text=f"{template.name}: answers are found by rendering, not by marks: {reason}")
+    return template
 
 
 def settle(chat: Chat, model: Any, context: Context) -> None:

@@ -10,15 +10,17 @@ import torch
 
 from posttrain.certify.reference import loss_at_zero, step_zero_problems
 from posttrain.chat.render import render_pair
+from posttrain.chat.system import fold_system
 from posttrain.data.rows import PairRow
 from posttrain.errors import ChatError, Interrupted, StageError
 from posttrain.models.attention import check_isolation
 from posttrain.models.lineage import lineage_of
 from posttrain.models.load import DTYPE_NAMES
-from posttrain.recipe.schema import Dpo
+from posttrain.pretraining.rows import IGNORE
+from posttrain.recipe.schema import Data, Dpo
 from posttrain.stages.context import Context, Summary
 from posttrain.stages.conversation import Chat, open_chat, settle
-from posttrain.stages.outputs import model_files, write_ledger, write_probe_rows
+from posttrain.stages.outputs import model_files, write_ledger, write_probes
 from posttrain.stages.parents import resolve_method
 from posttrain.stages.prepare import Prepared, Refused, Schedule, Tokenised, prepare, schedule_rows
 from posttrain.stages.run_loop import run_loop, stage_arguments, training_metrics
@@ -38,8 +40,7 @@ def run(config: Dpo, context: Context) -> Summary:
     parents = lineage_of(model_folder(given), given.ref)
     method = resolve_method(config.method, parents, context.stage)
     chat = open_chat(parents, config.chat_template, context)
-    limit, cut = config.data.max_length, config.data.long_rows == "truncate"
-    prepared = prepare(config.data, context, "pair", lambda rows: tokenise(rows, chat, limit, cut))
+    prepared = prepare(config.data, context, "pair", lambda rows: tokenise(rows, chat, config.data), prompt_of)
     schedule = schedule_rows(prepared, context.trainer, context.seed)
     write_ledger(context.folder, prepared.ledger)
     context.events("phase", text="loading the model")
@@ -72,28 +73,40 @@ def run(config: Dpo, context: Context) -> Summary:
     save_policy(policy, chat, machine, context.folder)
     last_ids = {int(pair.chosen[-1]) for rows in prepared.rows for pair in rows}
     prove_saved(policy, chat, context.folder, last_ids)
-    write_probe_rows(context.folder, [[*pair.prompt, *pair.chosen] for rows in prepared.rows for pair in rows])
+    write_probes(context.folder, prepared, _chosen)
     return Summary(
         headline=f"{policy.kind}: {result.steps} steps, loss {result.first_loss:.3f} -> {result.last_loss:.3f}",
         files=model_files(context.folder),
-        metrics=training_metrics(result, trained, total, {"step_zero": proof}),
+        metrics=training_metrics(result, trained, total, {"step_zero": proof, "chat": chat.as_dict()}),
         lineage=policy.lineage_after(context),
         ledger=prepared.ledger.as_dict(),
     )
 
 
-def tokenise(rows: list[PairRow], chat: Chat, limit: int, cut: bool) -> Iterator[Tokenised[Pair] | Refused]:
-    """Renders pairs; an answer that goes beyond `limit` is cut at its end, or the pair is refused.
+def tokenise(rows: list[PairRow], chat: Chat, data: Data) -> Iterator[Tokenised[Pair] | Refused]:
+    """Renders pairs; an answer that goes beyond `max_length` is cut at its end, or the pair is refused.
 
     Raises:
         ChatError: naming file and row of a pair that the template cannot take.
     """
     for row in rows:
         try:
-            parts = render_pair(chat.tokenizer, chat.template, row.prompt, row.chosen, row.rejected, row.tools)
+            prompt = fold_system(row.prompt) if data.system == "fold" else row.prompt
+            parts = render_pair(chat.tokenizer, chat.template, prompt, row.chosen, row.rejected, row.tools)
         except ChatError as error:
             raise ChatError(str(row.origin), f"{error.where}: {error.found}", error.todo) from None
-        yield _fit_pair(parts, limit, cut)
+        yield _fit_pair(parts, data.max_length, data.long_rows == "truncate")
+
+
+def prompt_of(pair: Pair) -> bytes:
+    """Pairs of one prompt are held out together."""
+    return pair.prompt.tobytes()
+
+
+def _chosen(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, labels) of a pair's prompt and its better answer, which has the loss."""
+    labels = np.concatenate([np.full_like(pair.prompt, IGNORE), pair.chosen])
+    return np.concatenate([pair.prompt, pair.chosen]), labels
 
 
 def _fit_pair(parts: tuple[list[int], list[int], list[int]], limit: int, cut: bool) -> Tokenised[Pair] | Refused:

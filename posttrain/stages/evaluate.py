@@ -64,6 +64,7 @@ def run(config: schema.Evaluate, context: Context) -> Summary:
     context.events("phase", text="intervals and report")
     report = make_report(list(config.models), suites, scores, gates, context.seed)
     report["notes"] += [*notes, *_template_notes(templates)]
+    report["certificates"] = _certificates(config, context)
     files = write_report(context.folder, report, suites, scores)
     failed = [_failure(gate) for gate in report["gates"] if not gate["passed"]]
     figures = {table["name"]: table["metrics"] for table in report["suites"]}
@@ -131,6 +132,22 @@ def _template(name: str, folder: Path, config: schema.Evaluate, context: Context
     if own is None and config.chat_template is None:
         raise ChatError(f"models.{name}", f"{folder} has no chat template", "set `chat_template` of the stage")
     return own or load_template(str(config.chat_template), context.recipe_dir)
+
+
+def _certificates(config: schema.Evaluate, context: Context) -> list[dict[str, Any]]:
+    """What the certificate of each merged model says, and where it lies, seen from the report."""
+    found = []
+    for name in config.models:
+        given = context.inputs[f"models.{name}"]
+        path = given.folder / "certificate.json" if given.folder else None
+        if path is None or given.artifact is None or not path.is_file():
+            continue
+        certificate = json.loads(path.read_text(encoding="utf-8"))
+        page = path.with_suffix(".md")
+        beside = given.folder.parent.resolve() == context.run_dir.resolve()  # type: ignore[union-attr]
+        where = f"../{page.parent.name}/{page.name}" if beside else str(page)
+        found.append({"model": name, "page": where, **{key: certificate[key] for key in ("verdict", "rows", "logits")}})
+    return found
 
 
 def _free_memory() -> None:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
 
 from posttrain.artifact import write_atomically
+from posttrain.certify.probes import Probe, Probes, save_probes
 from posttrain.data.ledger import Ledger, render_ledger
+from posttrain.stages.prepare import Prepared
 
+T = TypeVar("T")
+TRAINING_PROBES = 32
+"""Rows that stand in where none were held out, spread over the set."""
 _MODEL = {".json", ".safetensors", ".jinja", ".model", ".txt"}
 _LOGS = {"job.json", "log.txt", "stage.json"}
-_MORE = {"data_order.npz", "metrics.jsonl"}
+_MORE = {"data_order.npz", "metrics.jsonl", "certificate.md"}
 
 
 def model_files(folder: Path) -> list[str]:
@@ -32,17 +40,15 @@ def write_ledger(folder: Path, ledger: Ledger) -> None:
     print("\n".join(render_ledger(table)), flush=True)
 
 
-PROBE_ROWS = "probe_rows.json"
-_PROBES, _PROBE_LENGTH = 32, 256
+def write_probes(folder: Path, prepared: Prepared[T], tokens_of: Callable[[T], tuple[np.ndarray, np.ndarray]]) -> None:
+    """Keeps the rows on which later hand-offs are compared: those held out, else some that were trained on.
 
-
-def write_probe_rows(folder: Path, rows: Sequence[Iterable[int]]) -> None:
-    """Keeps some rows of token ids, spread over the data, on which later hand-offs are compared."""
-    every = max(1, len(rows) // _PROBES)
-    chosen = [[int(token) for token in row][:_PROBE_LENGTH] for row in rows[::every][:_PROBES]]
-    write_atomically(folder / PROBE_ROWS, json.dumps(chosen))
-
-
-def read_probe_rows(folder: Path) -> list[list[int]]:
-    """Reads the rows back; each has at least two tokens."""
-    return [row for row in json.loads((folder / PROBE_ROWS).read_text(encoding="utf-8")) if len(row) > 1]
+    Args:
+        tokens_of: a row -> (ids, labels); labels are those of the ids' own places.
+    """
+    held = bool(prepared.held_out)
+    rows = prepared.held_out or [row for rows in prepared.rows for row in rows]
+    every = 1 if held else max(1, len(rows) // TRAINING_PROBES)
+    chosen = rows[::every] if held else rows[::every][:TRAINING_PROBES]
+    probes = [Probe(ids.tolist(), labels.tolist()) for ids, labels in map(tokens_of, chosen)]
+    save_probes(folder, Probes("held_out" if held else "training", probes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from posttrain.data.held_out import choose_held_out, held_out_count
 from posttrain.data.ledger import Ledger
 from posttrain.data.read import SourceRows, read_source
 from posttrain.data.rows import Origin
@@ -33,6 +34,8 @@ class Tokenised(Generic[T]):
     supervised: int
     masked: int
     truncated: int
+    part: tuple[int, int] = (1, 1)
+    """(2, 3): the second of three rows that one conversation was split into."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Refused:
 
     reason: str
     tokens: int
+    part: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class Prepared(Generic[T]):
     """Every data file that was read."""
     places: list[np.ndarray]
     """Per source [rows, 2] int64: index into `files`, row as the file counts them."""
+    held_out: list[T]
+    """Usable rows of all sources that no step sees."""
+    usable: list[np.ndarray]
+    """Per source [rows] int64: place of each row among the source's usable ones, those held out counted."""
 
     def at(self, items: np.ndarray) -> list[T]:
         """Rows of [n, 2] (source, row) pairs."""
@@ -62,18 +70,23 @@ class Prepared(Generic[T]):
 
 
 def prepare(
-    data: Data, context: Context, want: str, convert: Callable[[list[Any]], Iterable[Tokenised[T] | Refused]]
+    data: Data,
+    context: Context,
+    want: str,
+    convert: Callable[[list[Any]], Iterable[Tokenised[T] | Refused]],
+    prompt_of: Callable[[T], bytes] | None = None,
 ) -> Prepared[T]:
     """Reads and tokenises all sources and accounts for every row and token.
 
     Args:
         want: `text`, `chat` or `pair`.
-        convert: the rows of one source -> one result each, in order.
+        convert: the rows of one source -> one result each, in order; or several, where `part` says so.
+        prompt_of: what rows may not share with one that is held out; absent = nothing is held out.
 
     Raises:
         DataError: broken files or rows, nothing left, or more rows dropped than `max_dropped` allows.
     """
-    ledger, names, rows, shares = Ledger(), [], [], []
+    ledger, names, made = Ledger(), [], []
     files: list[str] = []
     places: list[np.ndarray] = []
     for number, source in enumerate(data.sources):
@@ -83,12 +96,17 @@ def prepare(
         context.events("note", text=f"{name}: {found.rows_in} rows, shape {found.shape}")
         ledger.read(name, found.rows_in, found.dropped)
         kept, origins = _account(name, found, convert(found.rows), ledger)
-        share = Share(len(kept), 1.0 if source.weight is None else source.weight, source.rows)
-        _count_epoch(name, number, kept, share, context.seed, ledger)
         names.append(name)
+        made.append(kept)
+        places.append(_places(origins, files))
+    held_out, usable = _hold_out(data, names, made, places, prompt_of, context.seed, ledger)
+    rows, shares = [], []
+    for number, source in enumerate(data.sources):
+        kept = [made[number][index] for index in usable[number].tolist()]
+        share = Share(len(kept), 1.0 if source.weight is None else source.weight, source.rows)
+        _count_epoch(names[number], number, kept, share, context.seed, ledger)
         rows.append([one.value for one in kept])
         shares.append(share)
-        places.append(_places(origins, files))
     ledger.balance()
     ledger.check_dropped(data.max_dropped)
     if not any(rows):
@@ -97,7 +115,8 @@ def prepare(
         raise DataError(
             ", ".join(names), "no row is left of an epoch at these weights", "raise `weight`, or set `rows`"
         )
-    return Prepared(names, rows, shares, ledger, files, places)
+    trained_at = [place[index] for place, index in zip(places, usable, strict=True)]
+    return Prepared(names, rows, shares, ledger, files, trained_at, held_out, usable)
 
 
 def _label(source: Source, number: int, sources: list[Source]) -> str:
@@ -117,9 +136,15 @@ def _places(origins: list[Origin], files: list[str]) -> np.ndarray:
 
 
 def _account(name: str, found: SourceRows, results: Iterable[Any], ledger: Ledger) -> tuple[list[Any], list[Origin]]:
+    """Enters every result in the ledger; returns those that can be trained on, and where each one's row stands."""
     kept, origins = [], []
-    for row, result in zip(found.rows, results, strict=True):
-        origin: Origin = row.origin
+    rows, origin = iter(found.rows), Origin(name, 0)
+    for result in results:
+        number, parts = result.part
+        if number == 1:
+            origin = next(rows).origin
+            if parts > 1:
+                ledger.split(name, parts)
         if isinstance(result, Refused):
             ledger.enter(name, tokens=result.tokens)
             ledger.drop(name, result.reason, tokens=result.tokens, origin=origin)
@@ -128,6 +153,48 @@ def _account(name: str, found: SourceRows, results: Iterable[Any], ledger: Ledge
         kept.append(result)
         origins.append(origin)
     return kept, origins
+
+
+def _hold_out(
+    data: Data,
+    names: list[str],
+    made: list[list[Tokenised[T]]],
+    places: list[np.ndarray],
+    prompt_of: Callable[[T], bytes] | None,
+    seed: int,
+    ledger: Ledger,
+) -> tuple[list[T], list[np.ndarray]]:
+    """Chooses the rows to hold out over all sources; returns them, and which rows of each source are left.
+
+    Raises:
+        DataError: `held_out` leaves nothing to train on.
+    """
+    total = sum(map(len, made))
+    count = held_out_count(data.held_out, total) if prompt_of else 0
+    if count >= total > 0:
+        raise DataError(", ".join(names), f"held_out: {count} leaves none of {total} rows to train on", "lower it")
+    chosen = choose_held_out(list(_prompts(made, places, prompt_of)) if prompt_of else [], count, seed)
+    held, usable, at = [], [], 0
+    for name, kept in zip(names, made, strict=True):
+        out = [at + number in chosen for number in range(len(kept))]
+        for one in (one for one, apart in zip(kept, out, strict=True) if apart):
+            ledger.hold_out(name, 1, one.supervised + one.masked + one.truncated)
+            held.append(one.value)
+        usable.append(np.flatnonzero(~np.array(out, dtype=bool)))
+        at += len(kept)
+    return held, usable
+
+
+def _prompts(
+    made: list[list[Tokenised[T]]], places: list[np.ndarray], prompt_of: Callable[[T], bytes]
+) -> Iterator[bytes]:
+    """The prompt of every row; rows made of one conversation have that of the first of them."""
+    for kept, place in zip(made, places, strict=True):
+        last: tuple[list[int], bytes] | None = None
+        for one, where in zip(kept, place.tolist(), strict=True):
+            if last is None or last[0] != where:
+                last = (where, prompt_of(one.value))
+            yield last[1]
 
 
 def _count_epoch(name: str, number: int, kept: list[Any], share: Share, seed: int, ledger: Ledger) -> None:

@@ -37,6 +37,8 @@ _WANTED = (
     "chat_templates/*.jinja",
     "LICENSE*",
     "NOTICE*",
+    "certificate.json",
+    "certificate.md",
 )
 _PROBE = [{"role": "user", "content": "What is the Basque Country?"}]
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from posttrain.chat.contract import probe_ids, verify_saved
-from posttrain.chat.render import render_conversation
-from posttrain.data.rows import ChatRow
+from posttrain.chat.render import Rendered, render_conversations
+from posttrain.chat.system import fold_system
+from posttrain.data.rows import ChatRow, Message
 from posttrain.errors import ChatError
 from posttrain.models.attention import check_isolation
 from posttrain.models.lineage import lineage_of
 from posttrain.models.save import save_adapter, save_full, verify_saved_adapter, verify_saved_model
 from posttrain.pretraining.rows import IGNORE, Row, make_row
-from posttrain.recipe.schema import Sft
+from posttrain.recipe.schema import Data, Sft
 from posttrain.stages.context import Context, Summary
 from posttrain.stages.conversation import Chat, open_chat, save_chat, settle
-from posttrain.stages.outputs import model_files, write_ledger, write_probe_rows
+from posttrain.stages.outputs import model_files, write_ledger, write_probes
 from posttrain.stages.parents import resolve_method
 from posttrain.stages.prepare import Prepared, Refused, Tokenised, prepare, schedule_rows, schedule_wrapped
 from posttrain.stages.run_loop import run_loop, stage_arguments, training_metrics
@@ -36,8 +39,8 @@ def run(config: Sft, context: Context) -> Summary:
     parents = lineage_of(model_folder(given), given.ref)
     method = resolve_method(config.method, parents, context.stage)
     chat = open_chat(parents, config.chat_template, context)
-    limit, cut = config.data.max_length, config.data.long_rows == "truncate"
-    prepared = prepare(config.data, context, "chat", lambda rows: tokenise(rows, chat, limit, cut))
+    limit = config.data.max_length
+    prepared = prepare(config.data, context, "chat", lambda rows: tokenise(rows, chat, config.data), prompt_of)
     share = _check_stops(prepared, chat, limit, context.stage)
     if config.data.packing == "wrap":
         schedule = schedule_wrapped(prepared, context.trainer, context.seed, limit)
@@ -64,36 +67,61 @@ def run(config: Sft, context: Context) -> Summary:
     context.events("phase", text="saving")
     save_policy(policy, chat, machine, context.folder)
     prove_saved(policy, chat, context.folder, last_trained_ids(prepared.rows))
-    write_probe_rows(context.folder, [row.ids for rows in prepared.rows for row in rows])
+    write_probes(context.folder, prepared, lambda row: (row.ids, row.labels))
     return Summary(
         headline=f"{policy.kind}: {result.steps} steps, loss {result.first_loss:.3f} -> {result.last_loss:.3f}",
         files=model_files(context.folder),
-        metrics=training_metrics(result, trained, total, {"rows_that_stop": share, "token_rows": policy.token_rows}),
+        metrics=training_metrics(
+            result,
+            trained,
+            total,
+            {"rows_that_stop": share, "token_rows": policy.token_rows, "chat": chat.as_dict()},
+        ),
         lineage=policy.lineage_after(context),
         ledger=prepared.ledger.as_dict(),
     )
 
 
-def tokenise(rows: list[ChatRow], chat: Chat, limit: int, cut: bool) -> Iterator[Tokenised[Row] | Refused]:
-    """Renders conversations; what is longer than `limit` is cut at its end, or refused.
+def tokenise(rows: list[ChatRow], chat: Chat, data: Data) -> Iterator[Tokenised[Row] | Refused]:
+    """Renders conversations; what is longer than `max_length` is cut at its end, or refused.
+
+    With `history: split`, a conversation whose template rewrites history gives one result per answer.
 
     Raises:
         ChatError: naming file and row of a conversation that the template cannot take.
     """
-    for row in rows:
-        try:
-            rendered = render_conversation(chat.tokenizer, chat.template, row.messages, row.tools)
-        except ChatError as error:
-            raise ChatError(str(row.origin), f"{error.where}: {error.found}", error.todo) from None
-        length = len(rendered.input_ids)
-        if length > limit and not cut:
-            yield Refused("longer than max_length", length)
-            continue
-        made = make_row(rendered.input_ids[:limit], rendered.labels[:limit])
-        if not made.supervised:
-            yield Refused("no trained token within max_length", length)
-            continue
-        yield Tokenised(made, made.supervised, len(made) - made.supervised, length - len(made))
+    fold, split = data.system == "fold", data.history == "split"
+    conversations = ((_messages(row, fold), row.tools) for row in rows)
+    rendered = render_conversations(chat.tokenizer, chat.template, conversations, split)
+    for row, made in zip(rows, rendered, strict=True):
+        if isinstance(made, ChatError):
+            raise ChatError(str(row.origin), f"{made.where}: {made.found}", made.todo)
+        for number, one in enumerate(made, start=1):
+            yield _fit(one, data, (number, len(made)))
+
+
+def _messages(row: ChatRow, fold: bool) -> list[Message]:
+    if not fold:
+        return row.messages
+    try:
+        return fold_system(row.messages)
+    except ChatError as error:
+        raise ChatError(str(row.origin), f"{error.where}: {error.found}", error.todo) from None
+
+
+def _fit(rendered: Rendered, data: Data, part: tuple[int, int]) -> Tokenised[Row] | Refused:
+    length = len(rendered.input_ids)
+    if length > data.max_length and data.long_rows == "drop":
+        return Refused("longer than max_length", length, part)
+    made = make_row(rendered.input_ids[: data.max_length], rendered.labels[: data.max_length])
+    if not made.supervised:
+        return Refused("no trained token within max_length", length, part)
+    return Tokenised(made, made.supervised, len(made) - made.supervised, length - len(made), part)
+
+
+def prompt_of(row: Row) -> bytes:
+    """What stands before the first token with loss: rows of one prompt are held out together."""
+    return row.ids[: int(np.argmax(row.labels != IGNORE))].tobytes()
 
 
 def last_trained_ids(rows: list[list[Row]]) -> set[int]:

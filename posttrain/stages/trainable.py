@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from posttrain.models.load import (
     continue_adapter,
     load_base,
     load_policy,
+    quantised_modules,
     untrained_rows,
 )
+from posttrain.models.new_tokens import read_new_tokens
 from posttrain.recipe.schema import LoraSettings, Method, QloraSettings
 from posttrain.stages.context import Context
 from posttrain.stages.setup import Machine
@@ -66,7 +68,8 @@ def load_trainable(
 
     Args:
         control_ids: ids of the control tokens that the template writes; those whose embedding row was never
-            trained are trained beside the adapter (`trainable_tokens: auto`).
+            trained are trained beside the adapter (`trainable_tokens: auto`), and so are the rows that the
+            model's folder lists as new.
         vocabulary: token -> id of the tokenizer, for tokens that the recipe names.
 
     Raises:
@@ -85,6 +88,8 @@ def load_trainable(
     quantization = _quantization(settings, parents, context)
     stack = Lineage(parents.base, parents.adapters, quantization)
     model = load_policy(stack, dtype, device, attention)
+    if quantization:
+        quantization = replace(quantization, modules=quantised_modules(model), device=device)
     if isinstance(settings.trainable_tokens, list):
         where = f"stages.{context.stage}.method.{method.kind}.trainable_tokens"
         rows = _named_rows(settings.trainable_tokens, vocabulary, parents, where)
@@ -122,12 +127,15 @@ def _quantization(settings: LoraSettings, parents: Lineage, context: Context) ->
 
 
 def _token_rows(settings: LoraSettings, model: Any, parents: Lineage, control_ids: list[int]) -> list[int]:
-    """Ids to train by `auto`: control tokens that neither pretraining nor a parent has trained."""
+    """Ids to train by `auto`: new rows, and control tokens that neither pretraining nor a parent has trained.
+
+    What this stage leaves has trained them all: neither an adapter nor a merged model lists rows as new.
+    """
     if settings.trainable_tokens == "none" or parents.adapters:
         return []
     known = _never_trained(parents.base.folder)
     suspects = untrained_rows(model, control_ids) if known is None else [i for i in control_ids if i in known]
-    return sorted(suspects)
+    return sorted({*suspects, *(token.id for token in read_new_tokens(parents.base.folder))})
 
 
 def _named_rows(names: list[str], vocabulary: Mapping[str, int], parents: Lineage, where: str) -> list[int]:

@@ -11,10 +11,11 @@ import torch
 from merging import tiny
 from safetensors.torch import load_file, save_file
 
-from posttrain.certify.certificate import Limits, certify_merge, default_limits, failures, verify_bytes
-from posttrain.certify.logits import compare_logits, load_merged
+from posttrain.certify.certificate import Limits, default_limits, eaten_deltas, failures, verify_bytes, worst_first
+from posttrain.certify.logits import compare_logits, load_merged, logits_of
 from posttrain.errors import CheckpointError
 from posttrain.merging.merge import merge
+from posttrain.merging.report import TensorReport
 
 EXACT = default_limits("float32", quantised=False, base_mode="original")
 
@@ -36,30 +37,33 @@ def in_use(work: Path) -> torch.nn.Module:
     return tiny.live(work / "base", work / "sft", work / "dpo")
 
 
+def problems(folder: Path, in_use: torch.nn.Module, limits: Limits) -> list[str]:
+    measured = compare_logits(logits_of(in_use), logits_of(load_merged(folder, torch.float32)), tiny.ROWS)
+    return failures(measured, limits)
+
+
 def test_right_merge_passes(work: Path, in_use: torch.nn.Module) -> None:
-    in_use.train()
-    certificate = certify_merge(work / "merged", in_use, tiny.ROWS, EXACT)
-    assert certificate.failures == []
-    assert certificate.logits["relative_error"] < 1e-6
-    assert certificate.logits["top1_agreement"] == 1
-    assert certificate.logits["tokens"] == sum(map(len, tiny.ROWS))
-    assert certificate.dtype == "float32"
-    assert in_use.training  # left in the mode it came in
-    json.dumps(certificate.as_dict(), allow_nan=False)
+    candidate = logits_of(load_merged(work / "merged", torch.float32))
+    measured = compare_logits(logits_of(in_use), candidate, tiny.ROWS, tiny.ROWS)
+    assert failures(measured, EXACT) == []
+    assert measured["relative_error"] < 1e-6
+    assert measured["top1_agreement"] == 1
+    assert measured["tokens"] == sum(map(len, tiny.ROWS))
+    json.dumps(measured, allow_nan=False)
 
 
 def test_bf16_merge_passes_bf16_limits_only(work: Path, in_use: torch.nn.Module, tmp_path: Path) -> None:
     merge(work / "base", [work / "sft", work / "dpo"], tmp_path / "out", "bfloat16")
     coarse = default_limits("bfloat16", quantised=False, base_mode="original")
-    assert certify_merge(tmp_path / "out", in_use, tiny.ROWS, coarse).failures == []
-    assert certify_merge(tmp_path / "out", in_use, tiny.ROWS, EXACT).failures
+    assert problems(tmp_path / "out", in_use, coarse) == []
+    assert problems(tmp_path / "out", in_use, EXACT)
 
 
 @pytest.mark.parametrize("chain", [["dpo"], ["sft"], [], ["sft", "dpo", "dpo"]], ids="+".join)
 def test_wrong_chain_fails(work: Path, in_use: torch.nn.Module, chain: list[str], tmp_path: Path) -> None:
     merge(work / "base", [work / name for name in chain], tmp_path / "out", "float32")
     limits = default_limits("bfloat16", quantised=True, base_mode="original")  # the widest of all
-    assert len(certify_merge(tmp_path / "out", in_use, tiny.ROWS, limits).failures) >= 2
+    assert len(problems(tmp_path / "out", in_use, limits)) >= 2
 
 
 def test_wrong_base_fails(work: Path, in_use: torch.nn.Module, tmp_path: Path) -> None:
@@ -72,7 +76,7 @@ def test_wrong_base_fails(work: Path, in_use: torch.nn.Module, tmp_path: Path) -
         metadata={"format": "pt"},
     )
     merge(other, [work / "sft", work / "dpo"], tmp_path / "out", "float32")
-    assert certify_merge(tmp_path / "out", in_use, tiny.ROWS, EXACT).failures
+    assert problems(tmp_path / "out", in_use, EXACT)
 
 
 def test_one_flipped_bit_is_found(work: Path) -> None:
@@ -117,6 +121,10 @@ def test_figures_of_known_logits() -> None:
     assert found["mean_kl"] == pytest.approx(kl / 2)
     assert found["top1_agreement"] == 0.5
     assert (found["tokens"], found["rows"]) == (2, 1)
+    assert (found["reference_loss"], found["loss"]) == (None, None)
+    known = compare_logits(lambda _: p, lambda _: q, [[1, 1]], [[-100, 1]])  # the label of a place is told before it
+    assert known["reference_loss"] == pytest.approx(math.log(2))
+    assert known["loss"] == pytest.approx(math.log(4 / 3))
 
 
 def test_long_rows_are_compared_in_pieces_that_add_up() -> None:
@@ -153,3 +161,15 @@ def test_limits_of_the_user_go_before_the_defaults() -> None:
     limits = EXACT.over(Limits(mean_kl=0.5, min_top1_agreement=0.0))
     assert (limits.mean_kl, limits.min_top1_agreement, limits.relative_error) == (0.5, 0.0, EXACT.relative_error)
     assert limits.max_logit_difference is None
+
+
+def test_deltas_that_rounding_ate_are_named_where_the_recipe_says_so() -> None:
+    cosines = {"a": 0.99, "b": 0.5, "c": None, "d": math.nan, "e": 0.8}
+    tensors = worst_first([TensorReport(name, (), 0.1, cosine, 1.0) for name, cosine in cosines.items() if name != "d"])
+    assert [one["name"] for one in tensors] == ["b", "e", "a", "c"]
+    assert eaten_deltas(tensors, Limits()) == []
+    assert eaten_deltas(tensors, Limits(min_delta_cosine=0.9)) == [
+        "rounding left less than cosine 0.9 of 2 deltas (worst: b, cosine 0.500)"
+    ]
+    nan = worst_first([TensorReport("d", (), 0.1, math.nan, 1.0)])
+    assert eaten_deltas(nan, Limits(min_delta_cosine=0.1))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from base64 import b64encode
 
 import pytest
 
 from posttrain.chat.tokenizer import load_any_tokenizer, load_tokenizer
-from posttrain.errors import ChatError
+from posttrain.errors import ChatError, UserError
 
 NO_TORCH = """
 import sys
@@ -75,3 +76,45 @@ def test_vocabulary_and_merges_are_converted(shared_dir):
     with pytest.raises(ChatError, match=r"vocab\.json"):
         load_tokenizer(folder)
     assert load_any_tokenizer(folder).convert_tokens_to_ids("<|im_end|>") == 151645
+
+
+@pytest.mark.parametrize(
+    ("missing", "package", "extra"),
+    [("sentencepiece", "sentencepiece", "sentencepiece"), ("google.protobuf", "protobuf", "sentencepiece")],
+)
+def test_a_sentencepiece_model_names_its_extra(tmp_path, monkeypatch, missing, package, extra):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError) as caught:
+        load_any_tokenizer(tmp_path)
+    assert str(caught.value) == f"{package}: is not installed\n  -> install it with: pip install 'posttrain[{extra}]'"
+
+
+def test_a_tiktoken_file_names_its_extra(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(UserError) as caught:
+        load_any_tokenizer(tmp_path)
+    assert str(caught.value) == "tiktoken: is not installed\n  -> install it with: pip install 'posttrain[tiktoken]'"
+
+
+def test_a_tekken_file_needs_mistral_common_only_without_its_special_tokens(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mistral_common", None)
+    special = [{"rank": rank, "token_str": text} for rank, text in enumerate(["<unk>", "<s>", "</s>", "[INST]"])]
+    ranks = [{"token_bytes": b64encode(bytes([byte])).decode()} for byte in range(256)]
+    config = {"pattern": r"\s+|\S+", "default_vocab_size": 260, "default_num_special_tokens": 4}
+    (tmp_path / "tekken.json").write_text(json.dumps({"config": config, "vocab": ranks, "special_tokens": special}))
+    loaded = load_any_tokenizer(tmp_path)
+    assert loaded("[INST]a", add_special_tokens=False)["input_ids"] == [3, 4 + ord("a")]
+    assert (loaded.bos_token, loaded.eos_token) == ("<s>", "</s>")
+    (tmp_path / "tekken.json").write_text(json.dumps({"config": config, "vocab": ranks}))
+    with pytest.raises(UserError) as caught:
+        load_any_tokenizer(tmp_path)
+    assert str(caught.value).endswith("pip install 'posttrain[mistral]'")
+    assert caught.value.where == "mistral-common"
+
+
+def test_a_tiktoken_file_is_converted(shared_dir):
+    loaded = load_any_tokenizer(shared_dir / "tokenizers" / "llama3")
+    assert len(loaded) == 128_000  # the file holds ranks only, no special tokens
+    assert loaded.decode(loaded("Herri bat da.")["input_ids"]) == "Herri bat da."

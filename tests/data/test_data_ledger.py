@@ -18,6 +18,7 @@ FATES = st.one_of(
     st.tuples(st.just("drop"), st.sampled_from(["too long", "empty answer"]), TOKENS),
     st.tuples(st.just("leave_out"), TOKENS),
     st.tuples(st.just("unread"), st.just("empty text")),
+    st.tuples(st.just("split"), TOKENS, st.integers(2, 4)),
 )
 HISTORY = st.lists(st.tuples(st.sampled_from(["a", "b"]), FATES), max_size=40)
 
@@ -27,6 +28,15 @@ def told(history: list) -> Ledger:
     for number, (source, (fate, *amounts)) in enumerate(history):
         if fate == "unread":
             ledger.read(source, 1, [Dropped(Origin(source, number), amounts[0])])
+            continue
+        if fate == "split":
+            ledger.enter(source, rows=1, tokens=amounts[0] * amounts[1])
+            ledger.split(source, amounts[1])
+            for part in range(amounts[1]):
+                if part:
+                    ledger.train(source, amounts[0], 0)
+                else:
+                    ledger.drop(source, "too long", tokens=amounts[0])
             continue
         ledger.enter(source, rows=1, tokens=sum(n for n in amounts if isinstance(n, int)))
         if fate == "train":
@@ -54,7 +64,7 @@ def test_a_full_account_balances_and_totals_are_sums(history: list) -> None:
 
 @pytest.mark.contract(number=11)
 @settings(deadline=None)
-@given(HISTORY, st.sampled_from(["row in", "token in", "row out", "token out", "between sources"]))
+@given(HISTORY, st.sampled_from(["row in", "token in", "row out", "token out", "part out", "between sources"]))
 def test_whatever_is_missing_on_one_side_is_found(history: list, fault: str) -> None:
     ledger = told(history)
     if fault == "row in":
@@ -63,6 +73,10 @@ def test_whatever_is_missing_on_one_side_is_found(history: list, fault: str) -> 
         ledger.enter("a", tokens=1)
     elif fault == "row out":
         ledger.drop("a", "lost")
+    elif fault == "part out":  # one of three rows of a conversation is forgotten
+        ledger.enter("a", rows=1, tokens=6)
+        ledger.split("a", 3)
+        ledger.train("a", 3, 3, rows=2)
     elif fault == "token out":
         ledger.train("a", 1, 0, rows=0)
     else:  # the total would balance
@@ -87,8 +101,16 @@ def test_figures_of_a_mixture() -> None:
     ledger.balance()
     whole = ledger.as_dict()
     assert whole["sources"]["a.jsonl"] == {
-        "rows": {"in": 4, "trained": 3, "left_out": 0, "dropped": {"empty answer": 1}},
-        "tokens": {"in": 30, "trained": 12, "masked": 15, "truncated": 3, "left_out": 0, "dropped": {}},
+        "rows": {
+            "in": 4,
+            "split": 0,
+            "made": 0,
+            "trained": 3,
+            "left_out": 0,
+            "held_out": 0,
+            "dropped": {"empty answer": 1},
+        },
+        "tokens": {"in": 30, "trained": 12, "masked": 15, "truncated": 3, "left_out": 0, "held_out": 0, "dropped": {}},
         "rows_seen": 6,
         "times": 2.0,
         "first_dropped": {"empty answer": ["a.jsonl:3"]},
@@ -116,3 +138,22 @@ def test_max_dropped_says_how_many_why_and_where() -> None:
         "first rows: too long: f.jsonl:1, f.jsonl:2, f.jsonl:3; empty answer: f.jsonl:9"
     )
     Ledger().check_dropped(0.0)
+
+
+def test_rows_made_by_splitting_are_stated_and_counted() -> None:
+    ledger = Ledger()
+    ledger.read("a.jsonl", 10, [])
+    for made in (3, 2):
+        ledger.split("a.jsonl", made)
+    ledger.train("a.jsonl", 0, 0, rows=12)
+    ledger.drop("a.jsonl", "too long")
+    ledger.balance()
+    assert ledger.as_dict()["total"]["rows"]["split"] == 2
+    assert "split 2 conversations into 5 rows: the template rewrites history" in render_ledger(ledger.as_dict())
+    ledger.check_dropped(1 / 13)
+    with pytest.raises(DataError, match="1 of 13 rows"):
+        ledger.check_dropped(0.07)
+    whole = ledger.as_dict()
+    for account in (whole["total"], *whole["sources"].values()):
+        del account["rows"]["split"], account["rows"]["made"]  # as records of before have it
+    assert len(render_ledger(whole)) == 3

@@ -139,12 +139,12 @@ def test_overflow_of_float16_is_refused(tmp_path: Path) -> None:
 
 
 def test_shards_keep_order_and_size() -> None:
-    slots = [Slot(name, torch.float32, (size,)) for name, size in zip("abcde", (1, 2, 9, 1, 1), strict=True)]
+    slots = [Slot(name, "F32", (size,)) for name, size in zip("abcde", (1, 2, 9, 1, 1), strict=True)]
     cut = [[slot.name for slot in shard] for shard in assign_shards(slots, 12)]
     assert cut == [["a", "b"], ["c"], ["d", "e"]]
     assert shard_names(1) == ["model.safetensors"]
     assert shard_names(2) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    mixed = [Slot("byte", torch.uint8, (3,)), Slot("long", torch.int64, (1,)), Slot("half", torch.bfloat16, (1,))]
+    mixed = [Slot("byte", "U8", (3,)), Slot("long", "I64", (1,)), Slot("half", "BF16", (1,))]
     assert [slot.name for slot in aligned(mixed)] == ["long", "half", "byte"]
 
 

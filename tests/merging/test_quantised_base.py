@@ -89,7 +89,7 @@ def test_merged_is_the_qlora_in_use_and_the_original_base_is_not(dora: bool, tmp
 
 def test_skipped_modules_follow_the_rule_of_transformers() -> None:
     def info(name: str, *shape: int) -> TensorInfo:
-        return TensorInfo(name, torch.bfloat16, shape, Path("x"), 0)
+        return TensorInfo(name, "BF16", shape, Path("x"), 0)
 
     spec = QuantSpec(skipped=("lm_head", "model.layers.1", "gate"))
     names = {
@@ -104,8 +104,26 @@ def test_skipped_modules_follow_the_rule_of_transformers() -> None:
     assert {name: is_quantised(info(name, 4, 4), spec) for name in names} == names
     assert not is_quantised(info("model.norm.weight", 4), spec)
     assert not is_quantised(info("model.layers.0.self_attn.q_proj.bias", 4), spec)
-    with pytest.raises(CheckpointError, match="3 dimensions"):
+    with pytest.raises(CheckpointError, match="belongs to experts"):
         is_quantised(info("model.layers.0.mlp.experts.gate_up_proj.weight", 2, 4, 4), spec)
+
+
+def test_recorded_modules_go_before_names() -> None:
+    spec = QuantSpec(skipped=(), modules=("model.layers.0.mlp.up_proj", "lm_head"))
+    names = {
+        "model.layers.0.mlp.up_proj.weight": True,
+        "lm_head.weight": True,
+        "model.layers.0.mlp.down_proj.weight": False,
+    }
+    found = {name: is_quantised(TensorInfo(name, "BF16", (4, 4), Path("x"), 0), spec) for name in names}
+    assert found == names
+    assert not is_quantised(TensorInfo("model.layers.0.mlp.up_proj.bias", "BF16", (4,), Path("x"), 0), spec)
+
+
+def test_recorded_module_that_the_base_does_not_have(tmp_path: Path) -> None:
+    base = tiny.save_base(tmp_path / "base", True, torch.float32, shards=False)
+    with pytest.raises(CheckpointError, match=r"model\.extra: was quantised in training"):
+        merge(base, [], tmp_path / "out", "float32", "dequantized", QuantSpec(modules=("model.extra",)))
 
 
 def test_dequantised_without_a_quantisation_is_refused(tmp_path: Path) -> None:

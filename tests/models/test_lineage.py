@@ -56,6 +56,18 @@ def test_a_chain_is_read_back_link_by_link(tmp_path: Path, outside: Path) -> Non
     assert lineage.quantization == NF4
 
 
+def test_what_was_quantised_is_kept_and_lacking_in_older_records(tmp_path: Path, outside: Path) -> None:
+    noted = Quantization("nf4", True, "bfloat16", modules=("a.q_proj", "a.k_proj"), device="cuda")
+    saved = json.loads(json.dumps(Lineage(Link(outside, "b", None), (), noted).as_dict(tmp_path)))
+    found = read_lineage(saved, tmp_path).quantization
+    assert found is not None
+    assert (found.modules, found.device) == (("a.q_proj", "a.k_proj"), "cuda")
+    assert found == NF4  # the same numbers: a stage may go on from an older one
+    del saved["quantization"]["modules"], saved["quantization"]["device"]
+    assert read_lineage(saved, tmp_path).quantization == NF4
+    assert "q_proj" not in str(noted)  # it goes into identities
+
+
 def test_a_whole_model_stands_on_itself(tmp_path: Path, outside: Path) -> None:
     assert lineage_of(outside, "./base") == Lineage(Link(outside, "./base", None))
     leave(tmp_path / "run", "base", None)

@@ -81,6 +81,9 @@ VALUES = [
     ("precision: bf16\nruntime: {device: cpu}\n", "precision: fp16\nruntime: {device: cpu} #!\n", "runtime.device",
      "does not train in fp16", "bf16"),
     (DPO_DATA, "    data: {sources: [{path: ./p.jsonl}], packing: wrap} #!\n", "stages.dpo.data.packing", "cut pairs", "bfd"),
+    (DPO_DATA, "    data: {sources: [{path: ./p.jsonl}], history: split} #!\n", "stages.dpo.data.history", "several answers", "sft"),
+    ("      max_length: 512\n", "      max_length: 512\n      system: fold #!\n", "stages.base.data.system", "conversations", ""),
+    (SFT_DATA, "    data: {sources: [{path: ./c.jsonl}], history: cut} #!\n", f"{SFT}.data.history", "cut", "split"),
     (DPO_DATA, "    data: {sources: [{path: ./p.jsonl, shape: alpaca}]} #!\n", "stages.dpo.data.sources[0].shape",
      "alpaca rows hold no pairs", "preference"),
 ]  # fmt: skip

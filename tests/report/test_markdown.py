@@ -98,3 +98,14 @@ def test_units_have_their_own_digits() -> None:
 def test_tables_are_never_broken_by_what_models_say() -> None:
     lines = table(["a", "b"], [["x | y", "line\r\nbreak\\"]])
     assert lines == ["| a | b |", "| --- | --- |", "| x \\| y | line break\\\\ |"]
+
+
+def test_certificates_of_merged_models_are_linked() -> None:
+    logits = {"relative_error": 1.234e-3, "mean_kl": 2e-5, "top1_agreement": 0.9971}
+    one = {"model": "aligned", "page": "../aligned/certificate.md", "verdict": "pass", "logits": logits}
+    report = {**make_report(), "certificates": [{**one, "rows": {"source": "held_out", "rows": 16}}]}
+    line = "| aligned | pass | 0.00123 | 2e-05 | 0.9971 | held out | [certificate](../aligned/certificate.md) |"
+    assert line in report_page(report)
+    combined = {**one, "logits": None, "rows": None}
+    assert "| aligned | pass |  |  |  | no rows |" in report_page({**report, "certificates": [combined]})
+    assert "Certificates" not in report_page(make_report())

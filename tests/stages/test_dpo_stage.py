@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain.artifact import sha256
+from posttrain.artifact import Artifact, sha256
+from posttrain.chat.templates import load_template
 from posttrain.errors import Interrupted, StageError
 from posttrain.models.lineage import lineage_of
 from posttrain.models.load import load_base, load_policy
@@ -68,6 +69,20 @@ def test_at_step_zero_the_policy_is_its_reference(run: Path, parent: str) -> Non
     assert len(rows_of_step(context.folder, 1)) == 4
     if parent != "full":
         assert [link["label"] for link in summary.lineage["adapters"]] == [f"@{parent}", f"@dpo-{parent}"]  # type: ignore[index]
+
+
+def test_the_record_names_the_template_that_was_trained(run: Path) -> None:
+    context, go = start(run, "lora", "recorded")
+    expected = {
+        "template": "chatml",
+        "digest": load_template("chatml", run).digest,
+        "end_of_turn": "<|im_end|>",
+        "masks": "marks",
+    }
+    for artifact in (Artifact.read(run / "lora"), finish(context, "dpo", go())):
+        assert artifact is not None
+        assert artifact.record.summary["metrics"]["chat"] == expected
+        assert sha256(artifact.folder / "chat_template.jinja") == expected["digest"]
 
 
 def cache_of(run: Path) -> set[Path]:

@@ -53,7 +53,7 @@ def prepared_for(kind: str, run: Path, data: Data) -> Prepared[Any]:
         return prepare(data, context, "text", lambda rows: pretrain._tokenise(rows, make_tokenizer(), wrapped, cut))
     chat, module = chat_of(context), sft if kind == "sft" else dpo
     want = "chat" if kind == "sft" else "pair"
-    return prepare(data, context, want, lambda rows: module.tokenise(rows, chat, limit, cut))
+    return prepare(data, context, want, lambda rows: module.tokenise(rows, chat, data), module.prompt_of)
 
 
 def total(prepared: Prepared[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -132,9 +132,8 @@ def test_the_order_of_rows_does_not_depend_on_how_steps_are_cut(run: Path) -> No
     for runtime in ({}, {"micro_batch_tokens": 64}, {"micro_batch_size": 1}):
         context = make_context(run, "stage", "sft", runtime=runtime)
         chat = chat_of(context)
-        prepared = prepare(
-            data_of("chats.jsonl"), context, "chat", lambda rows, c=chat: sft.tokenise(rows, c, 512, True)
-        )
+        data = data_of("chats.jsonl")
+        prepared = prepare(data, context, "chat", lambda rows, c=chat, d=data: sft.tokenise(rows, c, d))
         schedule = schedule_rows(prepared, context.trainer, context.seed)
         limit = context.runtime.micro_batch_tokens or 4096
         step = sft_step(schedule.rows_of(0), PAD, min(256, limit), limit, context.runtime.micro_batch_size)
@@ -230,3 +229,38 @@ def test_documents_end_with_the_end_of_sequence_and_spell_no_control_token() -> 
     assert tokenizer("<|im_end|>")["input_ids"] == [end]  # the tokenizer is left as it was
     short = pretrain._tokenise([TextRow("a" * 30, None)], tokenizer, 8, True)[0]  # type: ignore[arg-type]
     assert (len(short.value), short.truncated) == (8, 23)
+
+
+@pytest.mark.contract(number=11)
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_rows_held_out_are_counted_and_in_no_step(run: Path, kind: str) -> None:
+    rows = [{**row, "prompt": f"Question {n}"} for n, row in enumerate(preferences(130))]
+    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    talk = [{"messages": [{**said[0], "content": f"Question {n}"}, said[1]]} for n in range(130)]
+    write_lines(run / f"many-{kind}.jsonl", talk if kind == "sft" else rows)
+    first = "chats.jsonl" if kind == "sft" else "pairs.jsonl"
+    prepared = prepared_for(kind, run, data_of(first, f"many-{kind}.jsonl", held_out=7))
+    counted, tokens = total(prepared)
+    assert counted["held_out"] == len(prepared.held_out) == 7
+    assert tokens["held_out"] > 0
+    assert counted["trained"] == counted["in"] - 7 == sum(map(len, prepared.rows))
+    module = sft if kind == "sft" else dpo
+    prompts = {module.prompt_of(row) for row in prepared.held_out}
+    schedule = schedule_rows(prepared, {"global_batch_size": 4, "num_train_epochs": 2}, seed=1)
+    trained = [row for step in range(schedule.steps) for row in schedule.rows_of(step)]
+    assert not prompts & {module.prompt_of(row) for row in trained}
+    assert [len(place) for place in prepared.places] == [len(source) for source in prepared.rows]
+    assert [len(index) for index in prepared.usable] == [len(source) for source in prepared.rows]
+    where = prepared.places[1][:, 1].tolist()
+    decode = make_tokenizer().decode
+    shown = [decode(row.ids if kind == "sft" else row.prompt) for row in prepared.rows[1]]
+    assert all(f"Question {at - 1}<" in text for at, text in zip(where, shown, strict=True))
+    again = prepared_for(kind, run, data_of(first, f"many-{kind}.jsonl", held_out=7))
+    assert prompts == {module.prompt_of(row) for row in again.held_out}
+    default = prepared_for(kind, run, data_of(f"many-{kind}.jsonl"))
+    assert (len(default.held_out), len(prepared_for(kind, run, data_of(first)).held_out)) == (1, 0)
+
+
+def test_holding_out_everything_is_refused(run: Path) -> None:
+    with pytest.raises(DataError, match="held_out: 21 leaves none of 21 rows"):
+        prepared_for("sft", run, data_of("chats.jsonl", held_out=21))

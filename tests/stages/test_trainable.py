@@ -11,8 +11,10 @@ import torch
 
 from posttrain.artifact import Record, write_record
 from posttrain.errors import RecipeError
+from posttrain.merging.checkpoint import open_checkpoint
 from posttrain.models.lineage import Lineage, Link, Quantization, lineage_of
 from posttrain.models.load import TRAINED
+from posttrain.models.new_tokens import NewToken, write_new_tokens
 from posttrain.models.save import save_adapter
 from posttrain.recipe.schema import Method
 from posttrain.stages.parents import resolve_method
@@ -89,6 +91,9 @@ def test_an_adapter_trains_alone_and_a_second_one_on_it(run: Path, kind: str) ->
     lineage = policy.lineage_after(make_context(run, "dpo", "dpo"))
     assert [link["label"] for link in (lineage["base"], *lineage["adapters"])] == ["@base", "@sft", "@dpo"]
     assert bool(lineage["quantization"]) == (kind == "qlora")
+    if kind == "qlora":
+        modules = [name.removesuffix(".weight") for name in open_checkpoint(run / "base").tensors if "proj" in name]
+        assert sorted(lineage["quantization"]["modules"]) == sorted(modules)
 
 
 def test_an_adapter_that_goes_on_replaces_its_parent_in_the_lineage(run: Path) -> None:
@@ -142,6 +147,19 @@ def test_rows_of_control_tokens_are_trained_where_no_training_touched_them(run: 
     assert all(param.requires_grad for param in rows)
     assert load(run, on_base(run), {"lora": {"trainable_tokens": "none"}}).token_rows == []
     assert load(run, on_base(run), "lora", control=[]).token_rows == []
+
+
+def test_rows_that_the_folder_lists_as_new_are_trained_until_something_has_trained_them(run: Path) -> None:
+    untrained(run, [257])
+    write_new_tokens(run / "base", [NewToken("<|new|>", 260, ("a",)), NewToken("<|more|>", 258, ())])
+    for kind in ("lora", "qlora", "dora"):
+        assert load(run, on_base(run), kind).token_rows == [257, 258, 260]
+    assert load(run, on_base(run), {"lora": {"trainable_tokens": "none"}}).token_rows == []
+    assert load(run, on_base(run), "full").token_rows == []  # it trains every row
+    parents = on_adapter(run, "lora")
+    config = json.loads((run / "sft" / "adapter_config.json").read_text())
+    assert config["trainable_token_indices"] == {"embed_tokens": [257, 258, 260]}  # tied: the head is the same tensor
+    assert load(run, parents, "lora").token_rows == []
 
 
 def test_named_tokens_are_the_ones_that_train(run: Path) -> None:
