@@ -13,8 +13,8 @@ from posttrain.merging.plan import Output
 from posttrain.merging.quantization import Grid, QuantSpec, is_quantised
 from posttrain.merging.tensors import ReadBytes, read_bytes, read_rows, read_tensor
 
-BLOCK = 1 << 18
-"""Elements of a block: 1 MiB in fp32, so that one block's arithmetic stays in the processor's cache."""
+BLOCK = 1 << 19
+"""Elements of a block: 2 MiB in fp32, so that one block's arithmetic stays in the processor's cache."""
 
 Reader = Callable[[int, int], torch.Tensor]
 """(start, stop) -> those rows in fp32."""
@@ -50,6 +50,9 @@ def merged_blocks(
     """Yields (base rows, merged rows) of one output in fp32, unrounded, never more than `block` elements at once.
 
     Base rows are those the change is measured against: the source's own where the shape changed.
+
+    Args:
+        read: how the source's bytes are had, row block after row block.
     """
     from_base = output.source is output.base
     source = reader(output.source, spec if from_base else None, read)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from posttrain.errors import CheckpointError, UserError
-from posttrain.merging.adapter import LowRank, read_adapter
+from posttrain.merging.adapter import read_adapter
 from posttrain.merging.atomic import build_folder
 from posttrain.merging.checkpoint import INDEX, Checkpoint, check_stamps, open_checkpoint
 from posttrain.merging.config import merged_config
@@ -21,7 +21,7 @@ from posttrain.merging.header import FLOATS, TensorInfo
 from posttrain.merging.plan import Output, Plan, plan_merge
 from posttrain.merging.quantization import QuantSpec, check_modules, is_quantised, torch_dtype
 from posttrain.merging.report import MergeReport, Survival, TensorReport
-from posttrain.merging.tensors import CODES, TORCH, ReadAhead, ReadBytes, byte_blocks, byte_range, read_into, streaming
+from posttrain.merging.tensors import CODES, TORCH, ReadAhead, byte_blocks, byte_range, read_into, streaming
 from posttrain.merging.writer import (
     FileWriter,
     Slot,
@@ -35,8 +35,8 @@ from posttrain.merging.writer import (
 )
 
 BaseMode = Literal["original", "dequantized"]
-_LARGE = 1 << 20
-"""Elements of a tensor whose figures are taken from a sample of its rows."""
+Blocks = Iterator[tuple[torch.Tensor, torch.Tensor]]
+"""(base rows, merged rows) in fp32."""
 
 
 def merge(
@@ -142,8 +142,8 @@ def _write_shards(
 ) -> tuple[dict[str, dict[str, Any]], list[TensorReport], int]:
     """Writes all weights; returns the files' digests, the touched tensors' figures, how many were plain copies."""
     outputs = {output.name: output for output in plan.outputs}
-    slots = [slot for shard in shards.values() for slot in shard]
-    pieces = (piece for slot in slots for piece in _pieces(outputs[slot.name], slot, spec, block))
+    slots = (slot for shard in shards.values() for slot in shard if not _is_copy(outputs[slot.name], slot, spec))
+    pieces = (piece for slot in slots for piece in _pieces(outputs[slot.name].source, block))
     files: dict[str, dict[str, Any]] = {}
     reports: list[TensorReport] = []
     copied = 0
@@ -154,29 +154,30 @@ def _write_shards(
                 for slot in shard:
                     output = outputs[slot.name]
                     if output.touched:
-                        reports.append(_write_merged(writer, output, slot, spec, block, read))
-                    elif _is_same(output, slot, spec):
+                        reports.append(_write_merged(writer, output, slot, merged_blocks(output, spec, block, read)))
+                    elif _is_copy(output, slot, spec):
                         copied += 1
                         for source, begin, length in byte_blocks(output.source):
                             read_into(writer.room(length), source, begin)
                     else:
-                        _write_cast(writer, output, slot, spec, block, read)
+                        _write_cast(writer, output, slot, merged_blocks(output, spec, block, read))
             files[name] = writer.describe()
     if len(shards) > 1:
         files[INDEX] = write_index(folder, shards)
     return files, reports, copied
 
 
-def _pieces(output: Output, slot: Slot, spec: QuantSpec | None, block: int) -> Iterator[tuple[TensorInfo, int, int]]:
-    """What is read ahead at once of an output's source; copies are read straight into the writer's memory."""
-    if output.touched or not _is_same(output, slot, spec):
-        for start, stop in row_blocks(output.source.shape, block, together=4):
-            yield output.source, *byte_range(output.source, start, stop)
+def _pieces(source: TensorInfo, block: int) -> Iterator[tuple[TensorInfo, int, int]]:
+    """What is read at once, ahead of the arithmetic: two of its blocks."""
+    for start, stop in row_blocks(source.shape, block, together=2):
+        yield source, *byte_range(source, start, stop)
 
 
-def _is_same(output: Output, slot: Slot, spec: QuantSpec | None) -> bool:
-    """Whether an untouched tensor's bytes are the base's."""
+def _is_copy(output: Output, slot: Slot, spec: QuantSpec | None) -> bool:
+    """Whether a tensor's bytes are the base's."""
     dtype = output.source.dtype
+    if output.touched:
+        return False
     if dtype != slot.dtype or dtype not in FLOATS:
         return dtype == slot.dtype
     if spec is None:
@@ -184,12 +185,9 @@ def _is_same(output: Output, slot: Slot, spec: QuantSpec | None) -> bool:
     return not is_quantised(output.source, spec) and spec.dtype in (TORCH[dtype], torch.float32)
 
 
-def _write_merged(
-    writer: FileWriter, output: Output, slot: Slot, spec: QuantSpec | None, block: int, read: ReadBytes
-) -> TensorReport:
-    dense = all(isinstance(edit, LowRank) for edit in output.edits) and output.source is output.base
-    survival = Survival(output.name, every=4 if dense and output.source.numel > _LARGE else 1)
-    for base, merged in merged_blocks(output, spec, block, read):
+def _write_merged(writer: FileWriter, output: Output, slot: Slot, blocks: Blocks) -> TensorReport:
+    survival = Survival(output.name)
+    for base, merged in blocks:
         survival.add(base, merged, _round(writer, merged, slot))
     keys = tuple(edit.key for edit in output.edits)
     if output.source is not output.base:
@@ -197,10 +195,8 @@ def _write_merged(
     return survival.report(keys, output.source.shape == output.base.shape)
 
 
-def _write_cast(
-    writer: FileWriter, output: Output, slot: Slot, spec: QuantSpec | None, block: int, read: ReadBytes
-) -> None:
-    for values, _ in merged_blocks(output, spec, block, read):
+def _write_cast(writer: FileWriter, output: Output, slot: Slot, blocks: Blocks) -> None:
+    for values, _ in blocks:
         rounded = _round(writer, values, slot)
         if slot.dtype == "F16" and not torch.equal(rounded.isfinite(), values.isfinite()):
             raise CheckpointError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -74,16 +74,10 @@ class Survival:
 
     With W the base, D = merged - W in fp32 and D' = rounded - W: |D| / |W|, cos(D, D'), |D'| / |D|. Sums are in
     fp32 within a block and in fp64 over blocks.
-
-    Args:
-        every: take only every so many rows of a block into the sums. A low-rank change fills all rows, so that
-            a sample of a large matrix tells its figures (measured: to 1e-3); half of a merge's arithmetic
-            would go into sums over everything. All values are checked to be finite in any case.
     """
 
-    def __init__(self, name: str, every: int = 1) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self._every = every
         self._base = self._wanted = self._applied = self._dot = 0.0
 
     def add(self, base: torch.Tensor, merged: torch.Tensor, rounded: torch.Tensor) -> None:
@@ -92,30 +86,19 @@ class Survival:
         Raises:
             CheckpointError: a value of the merged tensor is not finite, or overflows the output's dtype.
         """
-        if self._every > 1:
-            self._check(merged, rounded)
-            base, merged, rounded = base[:: self._every], merged[:: self._every], rounded[:: self._every]
-        wanted, applied = (merged - base).view(-1), rounded.to(torch.float32, copy=True).sub_(base).view(-1)
+        wanted = (merged - base).view(-1)
+        applied = rounded.to(torch.float32, copy=True).sub_(base).view(-1)
         base = base.reshape(-1)
         self._base += torch.dot(base, base).item()
         self._wanted += torch.dot(wanted, wanted).item()
         self._applied += torch.dot(applied, applied).item()
         self._dot += torch.dot(wanted, applied).item()
         if not math.isfinite(self._applied):
-            self._refuse(rounded)
-
-    def _check(self, merged: torch.Tensor, rounded: torch.Tensor) -> None:
-        """A sum of squares is finite only where all values are, and is the fastest pass over them."""
-        values = (rounded.float() if rounded.dtype == torch.float16 else merged).view(-1)
-        if not math.isfinite(torch.dot(values, values).item()):
-            self._refuse(rounded)
-
-    def _refuse(self, rounded: torch.Tensor) -> NoReturn:
-        raise CheckpointError(
-            self.name,
-            f"merged values are not finite in {str(rounded.dtype).removeprefix('torch.')}",
-            "check the adapter for NaN; from float16 choose bfloat16 or float32",
-        )
+            raise CheckpointError(
+                self.name,
+                f"merged values are not finite in {str(rounded.dtype).removeprefix('torch.')}",
+                "check the adapter for NaN; from float16 choose bfloat16 or float32",
+            )
 
     def report(self, keys: tuple[str, ...], same_shape: bool) -> TensorReport:
         """The tensor's figures, after its last block."""

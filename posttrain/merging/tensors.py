@@ -48,13 +48,16 @@ def read_bytes(info: TensorInfo, begin: int, length: int) -> torch.Tensor:
 def read_into(flat: torch.Tensor, info: TensorInfo, begin: int) -> torch.Tensor:
     """Fills `flat` (uint8) with a tensor's bytes from `begin` on, and returns it; raises as `read_bytes`."""
     view = memoryview(flat.numpy())
-    with info.file.open("rb", buffering=0) as stream:
-        done = 0
-        while done < len(view):
-            count = os.preadv(stream.fileno(), [view[done:]], info.start + begin + done)
-            if count == 0:
-                raise CheckpointError(str(info.file), f"ends inside {info.name}", "copy or download the file again")
-            done += count
+    try:
+        with info.file.open("rb", buffering=0) as stream:
+            done = 0
+            while done < len(view):
+                count = os.preadv(stream.fileno(), [view[done:]], info.start + begin + done)
+                if count == 0:
+                    raise CheckpointError(str(info.file), f"ends inside {info.name}", "copy or download the file again")
+                done += count
+    except OSError as error:
+        raise CheckpointError(str(info.file), f"cannot be read: {error.strerror}", "see that it is there") from error
     return flat
 
 
@@ -92,8 +95,8 @@ class ReadAhead:
     """A `ReadBytes` that takes its blocks from larger pieces, which a thread has read before they are asked for.
 
     Args:
-        pieces: (tensor, first byte, how many) in the order in which their blocks will be asked for. Other
-            bytes may be asked for in between; they are read at once.
+        pieces: (tensor, first byte, how many), in the order in which blocks of theirs will be asked for. Others
+            may be asked for in between; they are read at once.
         ahead: pieces in memory beyond the one in use.
 
     An error of the thread is raised where its piece is asked for.
@@ -103,26 +106,24 @@ class ReadAhead:
         self._pieces = iter(pieces)
         self._ahead = ahead
         self._pending: deque[tuple[TensorInfo, int, int, Future[torch.Tensor]]] = deque()
-        self._of: TensorInfo | None = None
-        self._first = self._end = 0
+        self._now: tuple[TensorInfo, int, int] | None = None
         self._content = torch.empty(0, dtype=torch.uint8)
 
     def __enter__(self) -> ReadAhead:
         self._thread = ThreadPoolExecutor(1, "read")
+        self._submit()
         return self
 
     def __call__(self, info: TensorInfo, begin: int, length: int) -> torch.Tensor:
         """Returns those bytes, which share the memory of their piece."""
-        if not (info is self._of and self._first <= begin and begin + length <= self._end):
-            self._submit()
-            of, first, count, content = self._pending[0] if self._pending else (None, 0, 0, None)
-            if content is None or of is not info or first != begin or count < length:
+        if self._now is None or not _covers(self._now, info, begin, length):
+            if not self._pending or not _covers(self._pending[0][:3], info, begin, length):
                 return read_bytes(info, begin, length)
-            self._pending.popleft()
+            of, first, count, content = self._pending.popleft()
             self._submit()
-            self._of, self._first, self._end, self._content = info, begin, begin + count, content.result()
-        start = begin - self._first
-        return self._content[start : start + length]
+            self._now, self._content = (of, first, count), content.result()
+        begin -= self._now[1]
+        return self._content[begin : begin + length]
 
     def _submit(self) -> None:
         while len(self._pending) < self._ahead and (piece := next(self._pieces, None)):
@@ -130,6 +131,10 @@ class ReadAhead:
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(cancel_futures=True)
+
+
+def _covers(piece: tuple[TensorInfo, int, int], info: TensorInfo, begin: int, length: int) -> bool:
+    return piece[0] is info and piece[1] <= begin and begin + length <= piece[1] + piece[2]
 
 
 @contextmanager

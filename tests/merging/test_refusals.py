@@ -223,14 +223,14 @@ def test_not_finite(work: Path) -> None:
 
 
 def test_base_that_changes_while_it_is_merged(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = writer.FileWriter.write_tensor
+    original = writer.FileWriter.room
     victim = sorted((work / "base").glob("*.safetensors"))[0]
 
-    def write_and_touch(self: writer.FileWriter, tensor: torch.Tensor) -> None:
-        original(self, tensor)
+    def touch(self: writer.FileWriter, length: int) -> torch.Tensor:
         victim.write_bytes(victim.read_bytes())
+        return original(self, length)
 
-    monkeypatch.setattr(writer.FileWriter, "write_tensor", write_and_touch)
+    monkeypatch.setattr(writer.FileWriter, "room", touch)
     assert "changed while it was being read" in refusal(work).found
 
 
