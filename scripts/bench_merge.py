@@ -247,7 +247,8 @@ def measure(route: str, folder: Path, out: Path) -> Run:
     if route == "import torch":
         command = [sys.executable, "-c", "import torch"]
     begin = time.time()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    quiet = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | quiet)
     assert process.stdout is not None
     printed = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)

@@ -24,7 +24,7 @@ BYTES = {
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """Dtypes that a merge can compute with and cast."""
 _MAX_HEADER = 100_000_000  # the limit of safetensors itself
-_DAMAGED = "copy or download the file again"
+_DAMAGED = "the folder is incomplete: copy, download or train it again"
 
 
 @dataclass(frozen=True)
@@ -59,29 +59,49 @@ def read_header(file: Path) -> list[TensorInfo]:
     """Reads the tensors of a safetensors file, in the order of their bytes.
 
     Raises:
-        CheckpointError: missing, truncated or damaged file, a name twice, ranges that overlap or leave gaps.
+        CheckpointError: as `read_entries`; a dtype that is none of `BYTES`, ranges that overlap or leave gaps.
     """
-    length, size, text = _read_text(file)
-    try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(file, pairs))
-        entries.pop("__metadata__", None)
-        tensors = [_parse(file, 8 + length, name, entry) for name, entry in entries.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(str(file), f"damaged header ({error!r})", _DAMAGED) from None
+    end, entries = read_entries(file)
+    for name, entry in entries.items():
+        if entry["dtype"] not in BYTES:
+            raise CheckpointError(str(file), f"{name} has dtype {entry['dtype']}", "give an unquantised checkpoint")
+    tensors = [
+        TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file, end + entry["data_offsets"][0])
+        for name, entry in entries.items()
+    ]
     tensors.sort(key=lambda info: (info.start, info.nbytes))
-    end = 8 + length
     for info in tensors:
         if info.start != end:
             raise CheckpointError(str(file), f"{info.name} starts at byte {info.start}, expected {end}", _DAMAGED)
         end += info.nbytes
-    if end != size:
-        word = "truncated" if size < end else "too long"
-        raise CheckpointError(str(file), f"{word}: {size} bytes, its header promises {end}", _DAMAGED)
     return tensors
 
 
+def read_entries(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Reads a header as it stands: (first byte of the data, name -> {"dtype", "shape", "data_offsets"}).
+
+    Raises:
+        CheckpointError: missing, truncated or damaged file, a name twice, a tensor without the bytes of its shape.
+    """
+    size, length, text = _read_text(file)
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(file, pairs))
+        entries.pop("__metadata__", None)
+        odd = [name for name, entry in entries.items() if not _fits(entry)]
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(str(file), "is not a safetensors file (no readable header)", _DAMAGED) from None
+    if end != size:
+        word = "truncated" if size < end else "too long"
+        raise CheckpointError(str(file), f"holds {size} bytes where its header promises {end}: {word}", _DAMAGED)
+    if odd:
+        shape = entries[odd[0]]["shape"]
+        raise CheckpointError(str(file), f"{odd[0]} does not have the bytes of its shape {shape}", _DAMAGED)
+    return 8 + length, entries
+
+
 def _read_text(file: Path) -> tuple[int, int, bytes]:
-    """Returns (length of the JSON header, size of the file, the header)."""
+    """Returns (size of the file, length of the JSON header, the header)."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -90,14 +110,11 @@ def _read_text(file: Path) -> tuple[int, int, bytes]:
             if start == b"version ":  # what stands in its place where the large files were not fetched
                 raise CheckpointError(str(file), "is a Git LFS pointer, not the file", "fetch it: git lfs pull")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
-                raise CheckpointError(
-                    str(file), f"header of {length} bytes in a file of {size}: truncated or no safetensors", _DAMAGED
-                )
-            return length, size, stream.read(length)
-    except FileNotFoundError:
-        raise CheckpointError(
-            str(file), "no such file", "the folder is incomplete: copy or download it again"
-        ) from None
+                found = f"holds {size} bytes, less than its header: truncated, or no safetensors"
+                raise CheckpointError(str(file), found, _DAMAGED)
+            return size, length, stream.read(length)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise CheckpointError(str(file), "is missing", _DAMAGED) from None
 
 
 def _unique(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -109,14 +126,13 @@ def _unique(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _parse(file: Path, data: int, name: str, entry: dict[str, Any]) -> TensorInfo:
+def _fits(entry: dict[str, Any]) -> bool:
+    """Whether a tensor's bytes are those of its shape; a dtype that is not known here fits."""
     begin, end = entry["data_offsets"]
-    if entry["dtype"] not in BYTES:
-        raise CheckpointError(str(file), f"{name} has dtype {entry['dtype']}", "give an unquantised checkpoint")
-    info = TensorInfo(name, entry["dtype"], tuple(map(int, entry["shape"])), file, data + begin)
-    if end - begin != info.nbytes:
-        raise ValueError(f"{name}: {end - begin} bytes for shape {list(info.shape)}")
-    return info
+    if min((begin, *entry["shape"])) < 0:
+        raise ValueError(entry)
+    width = BYTES.get(entry["dtype"])
+    return width is None or math.prod(entry["shape"]) * width == end - begin
 
 
 def encode_header(tensors: list[tuple[str, str, tuple[int, ...]]]) -> bytes:

@@ -75,8 +75,8 @@ class FileWriter:
         path: the final name; while writing, the bytes are in `.NAME.incomplete` beside it.
 
     Bytes are gathered in a few buffers, which one thread hashes and another writes while the caller fills the
-    next. They go to the disk past the page cache where the file system can (O_DIRECT): that takes a quarter of
-    the processor's time, and a model larger than the memory does not drive everything else out of it.
+    next. They go to the disk past the page cache where the file system can (O_DIRECT): writing so takes a quarter
+    of the processor's time, and a model larger than the memory does not drive everything else out of that.
 
     Errors of the threads are raised by a later call, or by the end of the `with` block. Leaving that by an
     exception leaves nothing behind.

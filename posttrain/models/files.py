@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import CheckpointError
+from posttrain.merging.header import read_entries
 
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules")
@@ -28,43 +28,9 @@ def files_of_model(folder: Path) -> list[Path]:
     ]
 
 
-def tensor_header(path: Path) -> dict[str, Any]:
-    """Reads the header of a safetensors file: name -> {"dtype", "shape", "data_offsets"}.
-
-    Raises:
-        CheckpointError: no such file, no header, or fewer bytes than the header promises.
-    """
-    if not path.is_file():
-        raise CheckpointError(str(path), "is missing", _AGAIN)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if start == b"version ":  # what stands in its place where the large files were not fetched
-            raise CheckpointError(str(path), "is a Git LFS pointer, not the file", "fetch it: git lfs pull")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(str(path), f"holds {size} bytes, less than its header", _AGAIN)
-        text = file.read(length)
-    try:
-        header: dict[str, Any] = json.loads(text)
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        odd = [name for name, entry in header.items() if not _fits(entry)]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(str(path), "is not a safetensors file (no readable header)", _AGAIN) from None
-    if size != 8 + length + end:
-        raise CheckpointError(str(path), f"holds {size} bytes where its header promises {8 + length + end}", _AGAIN)
-    if odd:
-        shape = header[odd[0]]["shape"]
-        raise CheckpointError(str(path), f"{odd[0]} does not have the bytes of its shape {shape}", _AGAIN)
-    return header
-
-
-def _fits(entry: dict[str, Any]) -> bool:
-    """Whether a tensor's bytes are those of its shape; a dtype that is not known here fits."""
-    begin, end = entry["data_offsets"]
-    width = _BYTES.get(entry["dtype"])
-    return width is None or math.prod(entry["shape"]) * width == end - begin
+def tensor_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Reads the header of a safetensors file: name -> {"dtype", "shape", "data_offsets"}; raises as `read_entries`."""
+    return read_entries(path)[1]
 
 
 def model_headers(folder: Path) -> dict[str, tuple[Path, int, dict[str, Any]]]:
@@ -76,27 +42,19 @@ def model_headers(folder: Path) -> dict[str, tuple[Path, int, dict[str, Any]]]:
     weights, index = folder / _WEIGHTS, folder / _INDEX
     if weights.exists() or not index.exists():  # as transformers: a single file goes before an index
         _refuse_other_formats(weights)
-        header = tensor_header(weights)
-        start = _data_start(weights)
+        start, header = read_entries(weights)
         return {name: (weights, start, entry) for name, entry in header.items()}
     weight_map = _weight_map(index)
-    headers = {name: tensor_header(folder / name) for name in sorted(set(weight_map.values()))}
+    headers = {name: read_entries(folder / name) for name in sorted(set(weight_map.values()))}
     for tensor, shard in weight_map.items():
-        if tensor not in headers[shard]:
+        if tensor not in headers[shard][1]:
             raise CheckpointError(str(folder / shard), f"does not hold {tensor}, which the index promises", _AGAIN)
-    starts = {name: _data_start(folder / name) for name in headers}
-    return {name: (folder / shard, starts[shard], headers[shard][name]) for name, shard in weight_map.items()}
+    return {name: (folder / shard, headers[shard][0], headers[shard][1][name]) for name, shard in weight_map.items()}
 
 
 def model_tensors(folder: Path) -> dict[str, list[int]]:
     """Returns name -> shape over all shards of a model folder; raises as `model_headers`."""
     return {name: entry["shape"] for name, (_, _, entry) in model_headers(folder).items()}
-
-
-def _data_start(path: Path) -> int:
-    """First byte after the header of a safetensors file."""
-    with path.open("rb") as file:
-        return 8 + int.from_bytes(file.read(8), "little")
 
 
 def _refuse_other_formats(weights: Path) -> None:
