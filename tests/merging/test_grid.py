@@ -134,6 +134,7 @@ def test_bounds_of_the_gpu(quant_type: str, tmp_path: Path) -> None:
     assert torch.equal(at[1], torch.where(below, at[2], at[0]))  # nf4 compares w, fp4 |w|: a bound is not above itself
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double_quant", [False, True])
