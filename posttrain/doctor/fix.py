@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.artifact import RECORD, Artifact, publish_folder, visible_files
+from posttrain.artifact import RECORD, Artifact, visible_files
 from posttrain.chat.templates import load_template
 from posttrain.doctor import mend_files, mend_template, mend_tokens
 from posttrain.doctor.catalogue import Finding
@@ -17,6 +17,7 @@ from posttrain.doctor.checkpoint import open_checkpoint
 from posttrain.doctor.diagnose import diagnose
 from posttrain.doctor.mend import Patient
 from posttrain.errors import UserError
+from posttrain.merging.atomic import build_folder
 
 Mend = Callable[[Patient], None]
 _MENDS: dict[str, Mend] = {
@@ -89,15 +90,8 @@ def fix(folder: Path, out: Path, template: str | None = None, base_dir: Path = P
         CheckpointError: files that are incomplete, or matrices that cannot be written (quantised).
     """
     open_checkpoint(folder, template, base_dir)
-    if out.exists():
-        raise UserError(str(out), "exists already", "choose another folder, or move it aside")
-    if out.resolve().is_relative_to(folder.resolve()):
-        raise UserError(str(out), f"lies inside {folder}, which is read", "choose another folder")
-    partial = out.with_name(f".{out.name}.mending")
-    if partial.exists():
-        shutil.rmtree(partial)  # left by a repair that was killed
-    partial.mkdir(parents=True)
-    try:
+
+    def write(partial: Path) -> Repair:
         _copy(folder, partial)
         patient = _admit(partial)
         if template is not None:
@@ -106,11 +100,9 @@ def fix(folder: Path, out: Path, template: str | None = None, base_dir: Path = P
         left = diagnose(partial).findings
         if patient.changes:
             (partial / RECORD).unlink(missing_ok=True)
-        publish_folder(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return Repair(tuple(patient.changes), left)
+        return Repair(tuple(patient.changes), left)
+
+    return build_folder(out, [folder], write, out.with_name(f".{out.name}.mending"))
 
 
 def _admit(folder: Path) -> Patient:

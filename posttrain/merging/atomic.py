@@ -23,14 +23,17 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise CheckpointError(str(path), f"cannot be written: {error.strerror}", "make room, rerun") from error
 
 
-def build_folder(out: Path, sources: Iterable[Path], write: Callable[[Path], Report]) -> Report:
-    """Runs `write` on an empty folder, `OUT.merging` beside `out`, and gives that its final name.
+def build_folder(
+    out: Path, sources: Iterable[Path], write: Callable[[Path], Report], partial: Path | None = None
+) -> Report:
+    """Runs `write` on an empty folder beside `out`, and gives that its final name.
 
     One left by a killed process is replaced; when `write` raises, nothing is left.
 
     Args:
         out: must not exist.
         sources: folders that are read.
+        partial: the folder that is written; `OUT.merging` when absent.
 
     Raises:
         UserError: `out` exists, or lies inside a source.
@@ -41,7 +44,7 @@ def build_folder(out: Path, sources: Iterable[Path], write: Callable[[Path], Rep
     for source in sources:
         if out.resolve().is_relative_to(source.resolve()):
             raise UserError(str(out), f"lies inside {source}, which is read", "choose another folder")
-    partial = out.with_name(out.name + ".merging")
+    partial = partial or out.with_name(out.name + ".merging")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with disk_errors(out):

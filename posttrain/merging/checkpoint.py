@@ -72,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(str(path), "no such file", _INCOMPLETE) from None
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(str(path), f"damaged JSON ({error})", _INCOMPLETE) from None
     if not isinstance(value, dict):
         raise CheckpointError(str(path), "not a JSON object", _INCOMPLETE)

@@ -5,9 +5,7 @@ The formulas are in `methods`. Everything is read and written in row blocks, as 
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,22 +17,18 @@ from posttrain.errors import CheckpointError, UserError
 from posttrain.merging.align import Aligned, Alignment, Model, align, is_untouched, open_model
 from posttrain.merging.atomic import build_folder
 from posttrain.merging.checkpoint import INDEX, check_stamps
-from posttrain.merging.config import merged_config
+from posttrain.merging.config import write_configs
 from posttrain.merging.edits import BLOCK, merged_blocks, row_blocks
 from posttrain.merging.header import FLOATS
 from posttrain.merging.methods import Method, check_method, plan_change
 from posttrain.merging.quantization import torch_dtype
 from posttrain.merging.report import SURVIVES, Survival
-from posttrain.merging.tensors import CODES, TORCH, as_bytes, byte_blocks, read_bytes, read_rows, streaming
+from posttrain.merging.tensors import CODES, byte_blocks, read_into, read_rows, streaming
 from posttrain.merging.writer import (
     FileWriter,
     Slot,
-    aligned,
-    assign_shards,
-    check_space,
+    lay_out,
     shard_header,
-    shard_names,
-    write_file,
     write_index,
 )
 
@@ -169,14 +163,11 @@ def combine_into(
         Slot(tensor.name, target if tensor.source.dtype in FLOATS else tensor.source.dtype, tensor.source.shape)
         for tensor in together.tensors
     ]
-    total = sum(slot.nbytes for slot in slots)
-    check_space(folder, total, shutil.disk_usage(folder).free)
-    cut = assign_shards(slots, max_shard_size)
-    shards = {name: aligned(shard) for name, shard in zip(shard_names(len(cut)), cut, strict=True)}
+    shards = lay_out(folder, slots, max_shard_size)
     writing = _Writing(folder, method, base is None and method.kind == "slerp", tuple(m.label for m in models), block)
     with streaming():
         files, reports, copied = _write_shards(writing, together, shards)
-    files |= _write_configs(folder, reference, together, dtype)
+    files |= write_configs(folder, reference.checkpoint, dtype, together.tied, together.vocabulary)
     check_stamps({file: seen for model in (reference, *models) for file, seen in model.stamps.items()})
     return CombineReport(
         method=asdict(method),
@@ -188,7 +179,7 @@ def combine_into(
         copied=copied,
         cast=len(slots) - copied - len(reports),
         parameters=sum(tensor.source.numel for tensor in together.tensors),
-        total_bytes=total,
+        total_bytes=sum(slot.nbytes for slot in slots),
         files=files,
     )
 
@@ -230,8 +221,8 @@ def _write_shards(
                     reports.append(_write_combined(writer, tensor, slot, writing))
                 elif tensor.source.dtype == slot.dtype:
                     copied += 1
-                    for piece in byte_blocks(tensor.source):
-                        writer.write(as_bytes(read_bytes(*piece)))
+                    for source, begin, length in byte_blocks(tensor.source):
+                        read_into(writer.room(length), source, begin)
                 else:
                     _write_cast(writer, tensor, slot, writing.block)
         files[name] = writer.describe()
@@ -249,14 +240,12 @@ def _write_combined(writer: FileWriter, tensor: Aligned, slot: Slot, writing: _W
     for reference, deltas in _blocks(tensor, writing):
         part, taken = change(deltas, position)
         combined = part if writing.from_zero else part.add_(reference)
-        rounded = combined.to(TORCH[slot.dtype])
         for index, delta in enumerate(deltas):
             squares[index] += torch.linalg.vector_norm(delta, dtype=torch.float64).item() ** 2
             kept[index] += taken[index]
             if not math.isfinite(squares[index]):  # a method may drop the NaN, and hide it
                 raise CheckpointError(writing.labels[index], f"{tensor.name} holds values that are not finite")
-        survival.add(reference, combined, rounded)
-        writer.write_tensor(rounded)
+        survival.add(reference, combined, writer.write_rounded(combined, slot.dtype))
         position += reference.numel()
     figures = survival.report((), same_shape=True)
     return CombinedTensor(
@@ -279,16 +268,6 @@ def _blocks(tensor: Aligned, writing: _Writing) -> Iterator[tuple[torch.Tensor, 
 def _write_cast(writer: FileWriter, tensor: Aligned, slot: Slot, block: int) -> None:
     for start, stop in row_blocks(tensor.source.shape, block):
         values = read_rows(tensor.source, start, stop)
-        rounded = values.to(TORCH[slot.dtype])
+        rounded = writer.write_rounded(values, slot.dtype)
         if not torch.equal(rounded.isfinite(), values.isfinite()):
             raise CheckpointError(tensor.name, f"overflows {slot.dtype}", "choose bfloat16 or float32")
-        writer.write_tensor(rounded)
-
-
-def _write_configs(folder: Path, reference: Model, together: Alignment, dtype: str) -> dict[str, dict[str, Any]]:
-    config = merged_config(reference.checkpoint.config, dtype, together.tied, together.vocabulary)
-    files = {"config.json": write_file(folder / "config.json", json.dumps(config, indent=2).encode() + b"\n")}
-    generation = reference.checkpoint.folder / "generation_config.json"
-    if generation.is_file():
-        files[generation.name] = write_file(folder / generation.name, generation.read_bytes())
-    return files

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import Any
+
+from posttrain.merging.checkpoint import Checkpoint
+from posttrain.merging.writer import write_file
 
 SIDE_FILES = (
     "tokenizer.json",
@@ -48,6 +52,22 @@ def merged_config(base: dict[str, Any], dtype: str, tied: bool | None, vocabular
     if tied is not None:
         config["tie_word_embeddings"] = tied
     return config
+
+
+def write_configs(
+    folder: Path, base: Checkpoint, dtype: str, tied: bool | None, vocabulary: int | None
+) -> dict[str, dict[str, Any]]:
+    """Writes config.json, as `merged_config`, and the base's generation config where it has one.
+
+    Returns:
+        Name -> {"sha256", "bytes"} of the files written.
+    """
+    config = merged_config(base.config, dtype, tied, vocabulary)
+    files = {"config.json": write_file(folder / "config.json", json.dumps(config, indent=2).encode() + b"\n")}
+    generation = base.folder / "generation_config.json"
+    if generation.is_file():
+        files[generation.name] = write_file(folder / generation.name, generation.read_bytes())
+    return files
 
 
 def copy_side_files(source: Path, target: Path) -> list[str]:

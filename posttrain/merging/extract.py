@@ -126,20 +126,9 @@ def extract_into(
     parts = _sort(together, targets, others, tuned)
     slots = _slots(parts, rank, CODES[target])
     check_space(folder, sum(slot.nbytes for slot in slots), shutil.disk_usage(folder).free)
-    reports, kept, whole = [], 0.0, 0.0
-    with FileWriter(folder / WEIGHTS) as writer:
-        writer.write(shard_header(slots))
-        for tensor in parts.factored:
-            factors, report, norm = _extract_one(tensor, rank)
-            for factor in factors:
-                _write(writer, factor.to(target), tensor)
-            reports.append(report)
-            kept, whole = kept + report.energy * norm, whole + norm
-        for tensor in parts.saved:
-            for rows in row_blocks(tensor.source.shape):
-                _write(writer, read_rows(_tuned(tensor), *rows).to(target), tensor)
+    written, reports, energy = _write_weights(folder / WEIGHTS, parts, slots, rank, target)
     config = _adapter_config(parts, rank, base, together.tied)
-    files = {WEIGHTS: writer.describe()}
+    files = {WEIGHTS: written}
     files[CONFIG] = write_file(folder / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
     check_stamps(one.stamps | other.stamps)
     return ExtractReport(
@@ -147,12 +136,31 @@ def extract_into(
         dtype=dtype,
         base=str(base),
         tuned=str(tuned),
-        energy=kept / whole if whole else 1.0,
+        energy=energy,
         tensors=tuple(reports),
         saved=tuple(tensor.name for tensor in parts.saved),
         left=tuple(tensor.name for tensor in parts.left),
         files=files,
     )
+
+
+def _write_weights(
+    path: Path, parts: _Parts, slots: list[Slot], rank: int, dtype: torch.dtype
+) -> tuple[dict[str, Any], list[ExtractedTensor], float]:
+    """Writes factors and whole tensors; returns the file's digest, each weight's figures, the energy kept in all."""
+    reports, kept, whole = [], 0.0, 0.0
+    with FileWriter(path) as writer:
+        writer.write(shard_header(slots))
+        for tensor in parts.factored:
+            factors, report, norm = _extract_one(tensor, rank)
+            for factor in factors:
+                _write(writer, factor.to(dtype), tensor)
+            reports.append(report)
+            kept, whole = kept + report.energy * norm, whole + norm
+        for tensor in parts.saved:
+            for rows in row_blocks(tensor.source.shape):
+                _write(writer, read_rows(_tuned(tensor), *rows).to(dtype), tensor)
+    return writer.describe(), reports, kept / whole if whole else 1.0
 
 
 def _tuned(tensor: Aligned) -> TensorInfo:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +12,8 @@ import torch
 from posttrain.errors import CheckpointError, UserError
 from posttrain.merging.adapter import read_adapter
 from posttrain.merging.atomic import build_folder
-from posttrain.merging.checkpoint import INDEX, Checkpoint, check_stamps, open_checkpoint
-from posttrain.merging.config import merged_config
+from posttrain.merging.checkpoint import INDEX, check_stamps, open_checkpoint
+from posttrain.merging.config import write_configs
 from posttrain.merging.edits import BLOCK, merged_blocks, row_blocks
 from posttrain.merging.header import FLOATS, TensorInfo
 from posttrain.merging.plan import Output, Plan, plan_merge
@@ -25,12 +23,8 @@ from posttrain.merging.tensors import CODES, TORCH, ReadAhead, byte_blocks, byte
 from posttrain.merging.writer import (
     FileWriter,
     Slot,
-    aligned,
-    assign_shards,
-    check_space,
+    lay_out,
     shard_header,
-    shard_names,
-    write_file,
     write_index,
 )
 
@@ -100,12 +94,9 @@ def merge_into(
         check_modules(spec, checkpoint.tensors)
     plan = plan_merge(checkpoint, chain)
     slots = [Slot(output.name, _stored_dtype(output, target), output.source.shape) for output in plan.outputs]
-    total = sum(slot.nbytes for slot in slots)
-    check_space(folder, total, shutil.disk_usage(folder).free)
-    cut = assign_shards(slots, max_shard_size)
-    shards = {name: aligned(shard) for name, shard in zip(shard_names(len(cut)), cut, strict=True)}
+    shards = lay_out(folder, slots, max_shard_size)
     files, reports, copied = _write_shards(folder, plan, shards, spec, block)
-    files |= _write_configs(folder, checkpoint, plan, dtype)
+    files |= write_configs(folder, checkpoint, dtype, plan.tied, plan.vocabulary)
     check_stamps({**checkpoint.stamps, **{file: seen for adapter in chain for file, seen in adapter.stamps.items()}})
     return MergeReport(
         dtype=dtype,
@@ -117,7 +108,7 @@ def merge_into(
         copied=copied,
         cast=len(slots) - copied - len(reports),
         parameters=sum(output.source.numel for output in plan.outputs),
-        total_bytes=total,
+        total_bytes=sum(slot.nbytes for slot in slots),
         files=files,
     )
 
@@ -188,7 +179,7 @@ def _is_copy(output: Output, slot: Slot, spec: QuantSpec | None) -> bool:
 def _write_merged(writer: FileWriter, output: Output, slot: Slot, blocks: Blocks) -> TensorReport:
     survival = Survival(output.name)
     for base, merged in blocks:
-        survival.add(base, merged, _round(writer, merged, slot))
+        survival.add(base, merged, writer.write_rounded(merged, slot.dtype))
     keys = tuple(edit.key for edit in output.edits)
     if output.source is not output.base:
         keys = (output.source.name, *keys)
@@ -197,23 +188,8 @@ def _write_merged(writer: FileWriter, output: Output, slot: Slot, blocks: Blocks
 
 def _write_cast(writer: FileWriter, output: Output, slot: Slot, blocks: Blocks) -> None:
     for values, _ in blocks:
-        rounded = _round(writer, values, slot)
+        rounded = writer.write_rounded(values, slot.dtype)
         if slot.dtype == "F16" and not torch.equal(rounded.isfinite(), values.isfinite()):
             raise CheckpointError(
                 str(output.source.file), f"{output.name} overflows float16", "choose bfloat16 or float32"
             )
-
-
-def _round(writer: FileWriter, rows: torch.Tensor, slot: Slot) -> torch.Tensor:
-    """Rounds fp32 rows to the output's dtype, in the very memory that is written."""
-    dtype = TORCH[slot.dtype]
-    return writer.room(rows.numel() * dtype.itemsize).view(dtype).view(rows.shape).copy_(rows)
-
-
-def _write_configs(folder: Path, base: Checkpoint, plan: Plan, dtype: str) -> dict[str, dict[str, Any]]:
-    config = merged_config(base.config, dtype, plan.tied, plan.vocabulary)
-    files = {"config.json": write_file(folder / "config.json", json.dumps(config, indent=2).encode() + b"\n")}
-    generation = base.folder / "generation_config.json"
-    if generation.is_file():
-        files[generation.name] = write_file(folder / generation.name, generation.read_bytes())
-    return files

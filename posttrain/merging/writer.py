@@ -9,6 +9,7 @@ import json
 import math
 import mmap
 import os
+import shutil
 import sys
 from collections import deque
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ from posttrain.errors import CheckpointError
 from posttrain.merging.atomic import disk_errors
 from posttrain.merging.checkpoint import INDEX, WEIGHTS
 from posttrain.merging.header import BYTES, encode_header
+from posttrain.merging.tensors import TORCH
 
 _SUFFIX = ".incomplete"
 _BUFFER = 4 << 20
@@ -121,6 +123,11 @@ class FileWriter:
         for part in tensor.contiguous().view(-1).view(torch.uint8).split(_BUFFER):
             self.room(len(part)).copy_(part)
 
+    def write_rounded(self, rows: torch.Tensor, dtype: str) -> torch.Tensor:
+        """Appends fp32 rows rounded to `dtype` (a key of `header.BYTES`); returns them as they are in the buffer."""
+        own = TORCH[dtype]
+        return self.room(rows.numel() * own.itemsize).view(own).view(rows.shape).copy_(rows)
+
     def describe(self) -> dict[str, Any]:
         """{"sha256", "bytes"} of what was written, after the `with` block."""
         return {"sha256": self._digest.hexdigest(), "bytes": self._written}
@@ -188,6 +195,17 @@ class FileWriter:
                 thread.shutdown(cancel_futures=True)
             os.close(self._file)
             self._temporary.unlink(missing_ok=True)
+
+
+def lay_out(folder: Path, slots: list[Slot], max_shard_size: int) -> dict[str, list[Slot]]:
+    """Cuts a model's tensors into files of `folder`, by name, once it is known that the disk has room for them.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    check_space(folder, sum(slot.nbytes for slot in slots), shutil.disk_usage(folder).free)
+    shards = assign_shards(slots, max_shard_size)
+    return {name: aligned(shard) for name, shard in zip(shard_names(len(shards)), shards, strict=True)}
 
 
 def shard_header(shard: list[Slot]) -> bytes:

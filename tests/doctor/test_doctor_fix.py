@@ -24,6 +24,7 @@ from posttrain.doctor.diagnose import diagnose
 from posttrain.doctor.fix import Repair, fix
 from posttrain.doctor.mend_template import FOLD
 from posttrain.errors import ChatError, UserError
+from posttrain.merging import atomic
 from posttrain.models.new_tokens import read_new_tokens
 
 Tree = dict[str, bytes]
@@ -100,7 +101,7 @@ def test_a_repair_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     specimen.template = None
     specimen.write(tmp_path / "sick")
     before = tree(tmp_path)
-    monkeypatch.setattr(fix_module, "publish_folder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(atomic, "publish_folder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         fix(tmp_path / "sick", tmp_path / "well")
     assert tree(tmp_path) == before
