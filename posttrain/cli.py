@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -13,6 +14,7 @@ import typer
 from posttrain.errors import Interrupted, PosttrainError, UserError
 
 if TYPE_CHECKING:
+    from posttrain.estimate.devices import GpuModel
     from posttrain.pipeline.plan import Plan
     from posttrain.recipe.load import LoadedRecipe
 
@@ -52,13 +54,14 @@ def run(
 ) -> None:
     """Run a recipe: finished stages are skipped, unfinished ones resumed."""
     from posttrain.console import open_console
+    from posttrain.pipeline.plan_table import plan_text
     from posttrain.pipeline.run import Request, run_recipe
 
     loaded = _load(recipe, overrides)
     request = Request(tuple(redo or ()), until, verify, other_versions)
     if dry_run:
         planned = request.plan(loaded, runs_dir / loaded.recipe.name)
-        _show_plan(planned)
+        typer.echo(plan_text(planned))
         planned.refuse()
         return
     console = open_console(quiet)
@@ -87,30 +90,33 @@ def check(
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="With --show: as an HTML page instead.")
     ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="NAME|SIZE", help="Estimate for this one: 24GB, h200, rtx4090…")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the estimate as JSON, and nothing else.")] = False,
 ) -> None:
-    """Check a recipe without running it: its settings, its inputs, and what a run would do."""
+    """Check a recipe without running it: its settings, its inputs, what a run would do and what it needs."""
+    from posttrain.estimate.devices import find_device
     from posttrain.pipeline.plan import plan
+    from posttrain.pipeline.plan_table import check_text
     from posttrain.pipeline.preflight import preflight
 
     if show is None and (stage_name or html):
         raise UserError("--stage" if stage_name else "--html", "does not say how many rows", "add e.g. --show 3")
     if html is not None and not html.absolute().parent.is_dir():
         raise UserError(f"--html {html}", "its folder does not exist", "make the folder first")
+    if as_json and show:
+        raise UserError("--json", "prints the estimate alone", "leave out --show")
+    device = find_device(gpu) if gpu is not None else None
     loaded = _load(recipe, overrides)
-    planned = plan(loaded, runs_dir / loaded.recipe.name)
-    typer.echo(
-        f"{loaded.recipe.name}: {len(planned.stages)} stages, seed {loaded.recipe.seed}, {loaded.recipe.precision}"
-    )
-    for stage in planned.stages:
-        typer.echo(f"\n{stage.stage} ({stage.job.kind})")
-        for line in _about(stage.identity, stage.job.spelled_inputs()):
-            typer.echo(f"  {line}")
-    typer.echo()
-    _show_plan(planned)
+    planned = plan(loaded, runs_dir / loaded.recipe.name, leave_open=show is None)
+    if not as_json:
+        typer.echo(check_text(loaded, planned))
     planned.refuse()
     preflight(loaded, planned)
     if show:
         _show_rows(planned, show, stage_name, html)
+    _show_forecast(planned, device, as_json)
 
 
 @app.command()
@@ -128,7 +134,6 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the diagnosis as JSON.")] = False,
 ) -> None:
     """Find what tokenizer, template, configs, weights and data of a checkpoint disagree about, and mend it."""
-    import json
     from dataclasses import asdict
 
     from posttrain.doctor.checkpoint import find_checkpoint
@@ -318,16 +323,15 @@ def _load(recipe: str, overrides: list[str] | None) -> LoadedRecipe:
     return load_recipe(recipe, overrides or [], os.environ)
 
 
-def _show_plan(planned: Plan) -> None:
-    """Prints one line per stage: what happens to it, and why."""
-    from posttrain.pipeline.plan import explain
+def _show_forecast(planned: Plan, device: GpuModel | None, as_json: bool) -> None:
+    """Prints what a run needs; UserError where a stage will not fit the device that it is meant for."""
+    from posttrain.pipeline.forecast import forecast, no_room
+    from posttrain.pipeline.forecast_table import forecast_text
 
-    width = max(len(stage.stage) for stage in planned.stages)
-    for stage in planned.stages:
-        why = "; ".join(explain(stage)) if stage.action == "refuse" else stage.reason or stage.headline
-        failed = f"did not hold: {'; '.join(stage.failed)}" if stage.failed else ""
-        line = f"{stage.stage:<{width}}  {stage.job.kind:<8}  {stage.action:<7}  {failed or why}"
-        typer.echo(line.rstrip())
+    found = forecast(planned, device)
+    typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else f"\n{forecast_text(found)}")
+    if found.too_large and found.device is not None and found.settled:
+        raise UserError(found.device.name, no_room(found), "change the recipe, or name another device with --gpu")
 
 
 def _show_rows(planned: Plan, count: int, name: str | None, html: Path | None) -> None:
@@ -353,15 +357,6 @@ def _show_rows(planned: Plan, count: int, name: str | None, html: Path | None) -
         return
     write_atomically(html, token_page(f"{planned.run_dir.name}: what the model learns", stages))
     typer.echo(f"wrote {html}")
-
-
-def _about(identity: dict[str, object], inputs: dict[str, str]) -> list[str]:
-    """Spells what a stage reads and is set to, without digests."""
-    from posttrain.pipeline.plan import show
-
-    lines = [f"{label}: {ref}" for label, ref in inputs.items()]
-    hidden = {"kind", "version", "seed", "precision", "trainer", "chat_template", *inputs, "models"}
-    return lines + [f"{key}: {show(value)}" for key, value in identity.items() if key not in hidden]
 
 
 def main() -> None:

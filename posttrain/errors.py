@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 
 class PosttrainError(Exception):
@@ -23,6 +24,10 @@ class PosttrainError(Exception):
     def __str__(self) -> str:
         head = f"{self.where}: {self.found}"
         return f"{head}\n  -> {self.todo}" if self.todo else head
+
+    def at(self, where: str) -> Self:
+        """The same error seen from further out: a row that holds the message, a key that names the folder."""
+        return type(self)(where, f"{self.where}: {self.found}", self.todo)
 
 
 class UserError(PosttrainError):

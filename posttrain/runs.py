@@ -12,6 +12,7 @@ from posttrain.errors import UserError
 from posttrain.launch import locked
 from posttrain.pipeline.plan import CHECKPOINTS, has_checkpoints
 from posttrain.pipeline.run import ASIDE
+from posttrain.stages.sources import ROWS
 
 _PARTIAL = ".partial"
 
@@ -57,10 +58,15 @@ def list_runs(runs_dir: Path) -> list[RunState]:
 def removable(run_dir: Path) -> list[Removable]:
     """Lists what may go: outputs moved aside, checkpoints of finished stages, leftovers beside finished ones.
 
-    The checkpoints of an unfinished stage stay: its next run resumes from them.
+    The checkpoints of an unfinished stage stay: its next run resumes from them, and reads the tokenised rows,
+    which go where every stage is finished.
     """
     found = [(path, "moved aside by --redo") for path in sorted((run_dir / ASIDE).glob("*"))]
-    for folder in sorted(path for path in run_dir.iterdir() if path.is_dir()):
+    folders = sorted(path for path in run_dir.iterdir() if path.is_dir())
+    resumable = [path for path in folders if path.name.endswith(_PARTIAL)]
+    if (run_dir / ROWS).is_dir() and all((run_dir / path.name.removesuffix(_PARTIAL)).is_dir() for path in resumable):
+        found.append((run_dir / ROWS, "tokenised rows of finished stages"))
+    for folder in folders:
         finished = not folder.name.endswith(_PARTIAL) and Artifact.read(folder) is not None
         if finished and (folder / CHECKPOINTS).is_dir():
             found.append((folder / CHECKPOINTS, "checkpoints of a finished stage"))

@@ -1,6 +1,7 @@
 """Times our merge beside peft's, with a synced copy of the base's files as the floor, taking turns in one run.
 
     python scripts/bench_merge.py --work DIR [--shapes 1b 3b] [--routes floor ours peft] [--qlora] [--repeats 3]
+        [--python-mergekit PYTHON] [--python-axolotl PYTHON]
 
 Makes, once, checkpoints of Llama-3.2's shapes with random weights (bf16, tied, 3 shards of 1.24 B parameters and
 4 of 3.21 B) and an adapter of rank 16 on all linear layers. Every route runs in a fresh process:
@@ -8,12 +9,13 @@ Makes, once, checkpoints of Llama-3.2's shapes with random weights (bf16, tied, 
     floor    `cp -r` of the base, then `sync -f`
     ours     posttrain.merging.merge: hashed, synced, renamed
     peft     load in bf16, merge_and_unload, save_pretrained; not synced
-    axolotl  its streaming merge; mergekit  a `base+adapter` input; both where they are installed, not synced
+    axolotl  its streaming merge; mergekit  a `base+adapter` input; not synced. Both pin other versions than ours, so
+             they may live in environments of their own, of which the interpreter is given
     qlora    ours into the dequantised base (NF4, double quantisation); only with --qlora
 
 wall is from start to exit, work the same without imports and exit, cpu user + system, peak the largest resident set.
-Ratios are of medians. The first repeat's files are compared: ours with peft's to the bit, and both with
-`(W.float() + B @ A * scale).to(bfloat16)` over whole tensors. Exit code 1 where they differ.
+Ratios are of medians. The first repeat's files of every route are compared, tensor by tensor and to the bit, with
+`(W.float() + B @ A * scale).to(bfloat16)` over whole tensors. Exit code 1 where ours are not that.
 """
 
 from __future__ import annotations
@@ -36,6 +38,9 @@ from typing import Any
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, ALPHA = 16, 32
+OTHERS = ("peft", "mergekit", "axolotl")
+COMPARED = ("ours", *OTHERS)
+"""Routes whose files are compared with the formula; only ours must be it."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,7 @@ def compare(folder: Path) -> bool:
 
     base = open_checkpoint(folder / "base").tensors
     factors = {info.name: info for info in read_header(folder / "adapter" / "adapter_model.safetensors")}
-    kept = {route: folder / f"kept-{route}" for route in ("ours", "peft") if (folder / f"kept-{route}").is_dir()}
+    kept = {route: folder / f"kept-{route}" for route in COMPARED if (folder / f"kept-{route}").is_dir()}
     found = {route: open_checkpoint(path).tensors for route, path in kept.items()}
     equal = dict.fromkeys(found, 0)
     names_differ = [route for route in found if found[route].keys() != base.keys()]
@@ -222,7 +227,7 @@ def compare(folder: Path) -> bool:
             equal[route] += name in tensors and torch.equal(read_tensor(tensors[name]), expected)
     for route, count in equal.items():
         print(f"{route}: {count} of {len(base)} tensors are fp32-add-then-round to the bit")
-    return not names_differ and all(count == len(base) for count in equal.values())
+    return "ours" not in names_differ and equal.get("ours") == len(base)
 
 
 def child(route: str, folder: Path, out: Path) -> None:
@@ -238,10 +243,10 @@ def child(route: str, folder: Path, out: Path) -> None:
         print(routes[route](base, adapter, out), time.time())
 
 
-def measure(route: str, folder: Path, out: Path) -> Run:
-    """Runs one route in a fresh process, once everything written before is on disk."""
+def measure(route: str, folder: Path, out: Path, python: str = sys.executable) -> Run:
+    """Runs one route in a fresh process of an interpreter, once everything written before is on disk."""
     os.sync()
-    command = [sys.executable, __file__, "--child", route, str(folder), str(out)]
+    command = [python, __file__, "--child", route, str(folder), str(out)]
     if route == "floor":
         command = ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', str(folder / "base"), str(out)]
     if route == "import torch":
@@ -260,9 +265,15 @@ def measure(route: str, folder: Path, out: Path) -> Run:
     return Run(end - begin, done - imported, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-def bench(folder: Path, routes: list[str], repeats: int) -> dict[str, list[Run]]:
-    """Lets the routes take turns; keeps the first output of ours and peft's for comparison."""
+def bench(folder: Path, routes: list[str], repeats: int, pythons: dict[str, str]) -> dict[str, list[Run]]:
+    """Lets the routes take turns; keeps the first output of each that merges for comparison.
+
+    Args:
+        pythons: route -> the interpreter that has what it needs, where that is not this one.
+    """
     runs: dict[str, list[Run]] = {route: [] for route in routes}
+    for route in COMPARED:  # of an earlier run
+        shutil.rmtree(folder / f"kept-{route}", ignore_errors=True)
     for file in sorted((folder / "base").iterdir()):
         with file.open("rb", buffering=0) as stream:  # every route finds the base in the page cache
             while stream.read(1 << 24):
@@ -271,10 +282,9 @@ def bench(folder: Path, routes: list[str], repeats: int) -> dict[str, list[Run]]
         for route in routes:
             out = folder / f"out-{route.replace(' ', '-')}"
             shutil.rmtree(out, ignore_errors=True)
-            runs[route].append(measure(route, folder, out))
+            runs[route].append(measure(route, folder, out, pythons.get(route, sys.executable)))
             print(f"  {repeat + 1} {line(route, runs[route][-1:])}", flush=True)
-            if repeat == 0 and route in ("ours", "peft"):
-                shutil.rmtree(folder / f"kept-{route}", ignore_errors=True)
+            if repeat == 0 and route in COMPARED:
                 out.rename(folder / f"kept-{route}")
             shutil.rmtree(out, ignore_errors=True)
             shutil.rmtree(folder / "mergekit-cache", ignore_errors=True)
@@ -306,13 +316,21 @@ def ratios(runs: dict[str, list[Run]]) -> dict[str, float]:
     if {"ours", "floor"} <= mid.keys():
         found["ours / floor, work"] = mid["ours"].work / mid["floor"].wall
         found["ours / floor, wall with imports"] = mid["ours"].wall / mid["floor"].wall
-    for other in mid.keys() & {"peft", "axolotl", "mergekit"} if "ours" in mid else ():
+    for other in (route for route in OTHERS if {route, "ours"} <= mid.keys()):
         found[f"ours / {other}, wall"] = mid["ours"].wall / mid[other].wall
         found[f"ours / {other}, work"] = mid["ours"].work / mid[other].work
         found[f"ours / {other}, peak"] = mid["ours"].peak / mid[other].peak
     if {"ours", "qlora"} <= mid.keys():
         found["qlora / ours, work"] = mid["qlora"].work / mid["ours"].work
     return found
+
+
+def _has(package: str, python: str | None) -> bool:
+    """Whether this interpreter, or the one given, has a package."""
+    if python is None:
+        return importlib.util.find_spec(package) is not None
+    find = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
+    return subprocess.run([python, "-c", find], check=False).returncode == 0
 
 
 def main() -> None:
@@ -323,11 +341,15 @@ def main() -> None:
     parser.add_argument("--routes", nargs="+", default=["import torch", "floor", "ours", "peft", "axolotl", "mergekit"])
     parser.add_argument("--qlora", action="store_true", help="also merge into the dequantised base")
     parser.add_argument("--repeats", type=int, default=3)
+    for route in ("mergekit", "axolotl"):
+        parser.add_argument(f"--python-{route}", metavar="PYTHON", help=f"interpreter of an environment with {route}")
     parser.add_argument("--json", type=Path, help="write every figure there")
     arguments = parser.parse_args()
     routes = arguments.routes + ["qlora"] * arguments.qlora
-    for route in ("axolotl", "mergekit", "peft"):
-        if route in routes and importlib.util.find_spec(route) is None:
+    given = {"mergekit": arguments.python_mergekit, "axolotl": arguments.python_axolotl}
+    pythons = {route: path for route, path in given.items() if path}
+    for route in OTHERS:
+        if route in routes and not _has(route, pythons.get(route)):
             print(f"{route}: not installed, left out")
             routes.remove(route)
     same, figures = True, {}
@@ -336,7 +358,7 @@ def main() -> None:
         if not folder.is_dir():
             subprocess.run([sys.executable, __file__, "--child", "make", str(folder), name], check=True)
         print(f"{name}: {asdict(SHAPES[name])}, {os.cpu_count()} cores", flush=True)
-        runs = bench(folder, routes, arguments.repeats)
+        runs = bench(folder, routes, arguments.repeats, pythons)
         print("medians")
         for route, found in runs.items():
             print(f"    {line(route, found)}")

@@ -141,9 +141,9 @@ BREAKS = (
     Break(
         8,
         "positions run on over the answers of a packed row (DPO)",
-        "posttrain/training/packed_view.py",
-        "torch.arange(lengths[index], device=device)",
-        "torch.arange(at, end, device=device)",
+        "posttrain/training/layout.py",
+        "= np.arange(shared, length)",
+        "= np.arange(start, end)",
         ("tests/training/test_dpo_losses.py::test_every_loss_type_is_trls_own[sigmoid]",),
     ),
     Break(
@@ -166,7 +166,7 @@ BREAKS = (
         11,
         "a refused row is not written into the ledger",
         "posttrain/stages/prepare.py",
-        "            ledger.drop(name, result.reason, tokens=result.tokens, origin=origin)\n",
+        "        ledger.drop(name, reason, rows)\n",
         "",
         ("tests/stages/test_contracts.py::test_rows_do_not_vanish",),
     ),

@@ -89,6 +89,9 @@ def test_recipe_wide_fields_are_named_as_in_the_recipe(finished: Project) -> Non
         "runtime.device=auto",
         "runtime.threads=2",
         "runtime.micro_batch_size=4",
+        "runtime.micro_batch_tokens=auto",
+        "runtime.share_prefix=off",
+        "stages.dpo.trainer.learning_rate=5e-6",  # its default: the parent is an adapter, so it trains one
         "stages.sft.runtime.num_processes=2",
         "stages.sft.trainer.logging_steps=7",
         "stages.sft.trainer.save_steps=3",

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from posttrain.chat.templates import load_template
-from posttrain.models.hub import HubId, parse_reference
+from posttrain.cli import app
+from posttrain.models.hub import HubId, Unreachable, parse_reference
 from posttrain.pipeline import inputs
 from posttrain.pipeline.plan import Plan, plan
 from posttrain.recipe.bundled import find_bundled, list_bundled
@@ -40,6 +42,18 @@ def test_all_recipes_are_bundled() -> None:
 def test_a_fresh_run_does_every_stage(planned: Plan) -> None:
     assert {stage.action for stage in planned.stages} == {"run"}
     assert len({stage.fingerprint for stage in planned.stages}) == len(planned.stages)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_check_passes_without_a_network_and_a_run_does_not(name: str, tmp_path: Path) -> None:
+    where = [name, "--runs-dir", str(tmp_path), *([] if name == "quickstart" else ["--gpu", "h200"])]
+    checked = CliRunner().invoke(app, ["check", *where], env={"HF_HOME": str(tmp_path / "empty")})
+    assert checked.exit_code == 0, checked.output
+    assert "estimate on" in checked.output
+    assert ("no network" in checked.output) == (name != "quickstart")
+    if name != "quickstart":
+        with pytest.raises(Unreachable, match="no network"):
+            plan(load_recipe(name, [], {}), tmp_path / name)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ from posttrain.certify.certificate import (
     default_limits,
     eaten_deltas,
     failures,
+    grid_allowance,
+    stray_numbers,
     verify_bytes,
     worst_first,
 )
@@ -23,12 +25,14 @@ from posttrain.chat.contract import probe_ids, verify_saved
 from posttrain.chat.templates import read_folder_template
 from posttrain.chat.tokenizer import load_tokenizer
 from posttrain.errors import UserError
+from posttrain.merging.checkpoint import open_checkpoint
 from posttrain.merging.combine import CombineReport, Input, combine_into
 from posttrain.merging.config import SIDE_FILES, copy_side_files
 from posttrain.merging.merge import BaseMode, merge_into
 from posttrain.merging.methods import Method
-from posttrain.merging.quantization import QuantSpec
+from posttrain.merging.quantization import QuantSpec, is_quantised, torch_dtype
 from posttrain.merging.report import MergeReport
+from posttrain.merging.writer import check_space
 from posttrain.models.lineage import Lineage, prove_base
 
 Base = Literal["original", "dequantized", "auto"]
@@ -67,19 +71,20 @@ def merge_certified(
         CheckpointError: whatever cannot be merged.
     """
     modes = _modes(output.base, lineage, comparison)
+    check_space(folder, len(modes) * _size(lineage, output), shutil.disk_usage(folder).free)
     proved = _proved([lineage], comparison, say)
     reports = {mode: _merge(_place(folder, mode, modes), lineage, mode, output, say) for mode in modes}
     how = comparison.for_size(reports[modes[0]].parameters) if comparison else None
     measured: dict[BaseMode, dict[str, Any]] = {}
-    errors: dict[str, float] | None = None
     if how:
         say("comparing the files with the adapters in use")
         reference = how.in_use(lineage)
         measured = {mode: how.measure(reference, how.merged(_place(folder, mode, modes))) for mode in modes}
+        del reference  # its memory is wanted below
     chosen = min(modes, key=lambda mode: _distance(measured.get(mode)))
-    if len(modes) > 1:
+    errors = {mode: measured[mode]["relative_error"] for mode in modes} if len(modes) > 1 else None
+    if errors:
         _keep(folder, _place(folder, chosen, modes))
-        errors = {mode: measured[mode]["relative_error"] for mode in modes}
         listed = ", ".join(f"{mode} {error:.2e}" for mode, error in errors.items())
         say(f"base: {chosen} is closer to the adapters in use (relative errors: {listed})")
     certificate = _certificate(
@@ -93,8 +98,28 @@ def merge_certified(
             "parts": [lineage.base.label, *(link.label for link in lineage.adapters)],
         },
         logits=measured.get(chosen),
+        weighed=_weigh(folder, lineage, chosen, output, how, say) if how else None,
     )
     return reports[chosen], certificate
+
+
+def _weigh(
+    folder: Path, lineage: Lineage, mode: BaseMode, output: Output, how: Comparison, say: Say
+) -> tuple[dict[str, Any], set[str], float]:
+    """Compares the files number by number with the adapters in use on the base that they were merged into.
+
+    Returns:
+        The figures, the names of the tensors that training held in 4 bits, and the share of their numbers that
+        may be off.
+    """
+    say("looking at the numbers in the files")
+    spec = quant_spec(lineage) if mode == "dequantized" else None
+    in_use = lineage if spec else replace(lineage, quantization=None)
+    figures = how.weigh(how.in_use(in_use), how.merged(folder), torch_dtype(output.dtype))
+    if spec is None:
+        return figures, set(), 0.0
+    on_grid = {name for name, info in open_checkpoint(lineage.base.folder).tensors.items() if is_quantised(info, spec)}
+    return figures, on_grid, grid_allowance(spec.device, how.device)
 
 
 def combine_certified(
@@ -267,11 +292,14 @@ def _carry_chat(folder: Path, lineage: Lineage) -> None:
 
 
 def _limits(dtype: str, lineage: Lineage, mode: BaseMode, how: Comparison | None) -> Limits:
-    """The defaults for the coarser of the merged and the computing dtype, below what the user set."""
-    if how is None:
-        return Limits()
-    coarser = dtype if dtype != "float32" else how.as_dict()["dtype"]
-    return default_limits(coarser, lineage.quantization is not None, mode).over(how.limits)
+    """The defaults, below what the user set."""
+    return default_limits(dtype, lineage.quantization is not None, mode).over(how.limits) if how else Limits()
+
+
+def _size(lineage: Lineage, output: Output) -> int:
+    """Bytes of the merged weights, as far as the base's files tell."""
+    width = torch_dtype(output.dtype).itemsize
+    return width * sum(info.numel for info in open_checkpoint(lineage.base.folder).tensors.values())
 
 
 def _certificate(
@@ -281,18 +309,22 @@ def _certificate(
     limits: Limits,
     made: dict[str, Any],
     logits: dict[str, Any] | None = None,
+    weighed: tuple[dict[str, Any], set[str], float] | None = None,
     inputs: dict[str, dict[str, Any]] | None = None,
 ) -> Certificate:
     """Adds hashes and verdict: files that are no longer what was written fail it as figures do.
 
     Args:
         made: `method`, `base` and `parts` of the certificate.
+        weighed: as `_weigh`.
     """
     tensors = worst_first(report.tensors)
     carried = [name for name in SIDE_FILES if (folder / name).is_file()]
     carried += [str(path.relative_to(folder)) for path in (folder / "additional_chat_templates").glob("*.jinja")]
     written = {name: seen for name, seen in report.files.items() if name not in carried}
     problems = verify_bytes(folder, written)
+    problems += failures(logits, limits) if logits else []
+    problems += stray_numbers(weighed[0], limits, report.dtype, *weighed[1:]) if weighed else []
     files = {**describe_files(folder, carried), **written}
     return Certificate(
         merged=folder.name.removesuffix(".partial").removesuffix(".merging"),
@@ -301,10 +333,11 @@ def _certificate(
         rows={"source": how.probes.source, "rows": len(how.probes.rows)} if how else None,
         compared=how.as_dict() if how else None,
         logits=logits,
+        weights=weighed[0] if weighed else None,
         inputs=inputs or {},
         limits=limits,
         tensors=tensors,
         advice=report.advice(),
         files=dict(sorted(files.items())),
-        failures=problems + (failures(logits, limits) if logits else []) + eaten_deltas(tensors, limits),
+        failures=problems + eaten_deltas(tensors, limits),
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
@@ -17,8 +19,11 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from posttrain.certify.logits import Logits
+from posttrain.certify.weights import Unit, units
 from posttrain.errors import CheckpointError, StageError
 from posttrain.merging.checkpoint import Checkpoint, open_checkpoint
+from posttrain.merging.experts import stored_tensors
+from posttrain.merging.quantization import torch_dtype
 from posttrain.merging.tensors import read_tensor
 from posttrain.models.lineage import Lineage, Quantization
 from posttrain.models.load import put_adapters
@@ -29,44 +34,78 @@ _WRAPPERS = re.compile(r"^base_model\.model\.|\.(?:base_layer|original_module|to
 """What peft puts into the names of a base's own parameters."""
 
 Read = Callable[[str], torch.Tensor]
-"""Name of a parameter in the base's files -> its values as the model computes with them."""
+"""Name of a parameter -> its values as the model computes with them, in fp32."""
 
 
-def layered_policy(
-    lineage: Lineage, rows: list[list[int]], dtype: torch.dtype, device: str, attn_implementation: str
-) -> Logits:
-    """The logits of a base with its adapters in use, as `load_policy` would give them, one layer in memory.
+@dataclass(frozen=True)
+class Streamed:
+    """A model of which embedding, last norm and head are in memory, and one decoder layer at a time."""
 
-    The adapters are peft's own, live. A 4-bit base is put on its grid by bitsandbytes, layer by layer, and
-    computes with the numbers that its 4-bit layers would dequantise.
+    model: PreTrainedModel
+    """With the adapters of a lineage in it; all parameters of its decoder layers are empty."""
+    layers: nn.ModuleList
+    names: dict[int, dict[str, str]]
+    """id of a module -> its parameters that are still to be filled -> their names."""
+    read: Read
+    device: str
+
+
+def stream_policy(lineage: Lineage, device: str, attn_implementation: str) -> Streamed:
+    """A base with its adapters in use, as `load_exact` would give it.
+
+    The adapters are peft's own, live. A 4-bit base is put on its grid by bitsandbytes, layer by layer, and not by
+    the merge's own arithmetic, which is to be proved.
     """
-    base = open_checkpoint(lineage.base.folder)
-    model = _skeleton(lineage.base.folder, dtype, attn_implementation)
-    gridded = _quantised_weights(model) if lineage.quantization else set()
+    base, quantization = open_checkpoint(lineage.base.folder), lineage.quantization
+    model = _skeleton(lineage.base.folder, attn_implementation)
+    gridded = _quantised_weights(model) if quantization else set()
 
     def read(name: str) -> torch.Tensor:
-        values = read_tensor(base.tensors[name]).to(dtype).to(device)
-        return _on_grid(values, lineage.quantization) if lineage.quantization and name in gridded else values
+        values = read_parameter(base, name).to(device)
+        if quantization is None:
+            return values.float()
+        values = values.to(torch_dtype(quantization.source_dtype))
+        return (_on_grid(values, quantization) if name in gridded else values).float()
 
-    return _layered(model, base, read, rows, device, lineage)
+    return _open(model, base, read, device, lineage)
 
 
-def layered_merged(
-    folder: Path, rows: list[list[int]], dtype: torch.dtype, device: str, attn_implementation: str
-) -> Logits:
-    """The logits of a standalone model folder, one layer in memory."""
+def stream_merged(folder: Path, device: str, attn_implementation: str) -> Streamed:
+    """A standalone model folder."""
     files = open_checkpoint(folder)
-    model = _skeleton(folder, dtype, attn_implementation)
-    return _layered(model, files, lambda name: read_tensor(files.tensors[name]).to(dtype).to(device), rows, device)
+    model = _skeleton(folder, attn_implementation)
+    return _open(model, files, lambda name: read_parameter(files, name).to(device).float(), device)
 
 
-def _skeleton(folder: Path, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
-    """The architecture of a folder: buffers (rotary frequencies, say) real, parameters empty."""
+def read_parameter(files: Checkpoint, name: str) -> torch.Tensor:
+    """A parameter of the runtime: one tensor of the files, or those of all experts of a layer, stacked."""
+    experts = stored_tensors(name, files)
+    if len(experts) == 1 == len(experts[0]):
+        return read_tensor(experts[0][0])
+    return torch.stack([torch.cat([read_tensor(part) for part in parts]) for parts in experts])
+
+
+def streamed_units(in_use: Streamed, merged: Streamed) -> Iterator[Unit]:
+    """The units of two streamed models, each layer filled while it is looked at."""
+    yield from units(in_use.model, merged.model, without=frozenset({id(in_use.layers)}))
+    place = next(path for path, module in in_use.model.named_modules() if module is in_use.layers)
+    for number, pair in enumerate(zip(in_use.layers, merged.layers, strict=True)):
+        for layer, of in zip(pair, (in_use, merged), strict=True):
+            for module in layer.modules():
+                _fill(module, of.names, lambda name, of=of: _frozen(of.read(name)))  # type: ignore[misc]
+        yield from units(*pair, path=f"{place}.{number}")
+        for layer, of in zip(pair, (in_use, merged), strict=True):
+            for module in layer.modules():
+                _empty_again(module, of.names)
+
+
+def _skeleton(folder: Path, attn_implementation: str) -> PreTrainedModel:
+    """The architecture of a folder, in fp32: buffers (rotary frequencies, say) real, parameters empty."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     config._attn_implementation = attn_implementation
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
+            config, dtype=torch.float32, attn_implementation=attn_implementation, trust_remote_code=False
         )
     for module in model.modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -80,7 +119,8 @@ def _empty(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _is_empty(parameter: nn.Parameter) -> bool:
-    return parameter.untyped_storage().nbytes() < parameter.nbytes
+    """Whether a parameter is still to be filled; of one number that cannot be told, so it is filled again."""
+    return parameter.numel() == 1 or parameter.untyped_storage().nbytes() < parameter.nbytes
 
 
 def _quantised_weights(model: PreTrainedModel) -> set[str]:
@@ -106,19 +146,10 @@ def _on_grid(weight: torch.Tensor, quantization: Quantization) -> torch.Tensor:
     return dequantize_4bit(packed, state).view(weight.shape)
 
 
-def _layered(
-    model: PreTrainedModel,
-    files: Checkpoint,
-    read: Read,
-    rows: list[list[int]],
-    device: str,
-    lineage: Lineage | None = None,
-) -> Logits:
-    """Runs all rows through the layers and keeps their last hidden states; logits are made of them row by row.
-
-    Embedding, last norm and head stay in memory. Adapters of a lineage are put on after these are filled,
-    since an adapter's file may hold its own copy of an embedding.
-    """
+def _open(
+    model: PreTrainedModel, files: Checkpoint, read: Read, device: str, lineage: Lineage | None = None
+) -> Streamed:
+    """Fills all but the decoder layers, then puts the adapters on, whose files may hold an embedding of their own."""
     layers = max(
         (module for module in model.modules() if isinstance(module, nn.ModuleList)),
         key=lambda module: sum(parameter.numel() for parameter in module.parameters()),
@@ -130,9 +161,13 @@ def _layered(
             _fill(module, names, lambda name: _once(name, shared, read))
     whole = put_adapters(model, lineage) if lineage else model
     _place(whole, device)
-    names = _names_in_files(model, whole, files)
-    for layer in layers:
-        _stream(layer, names, lambda name: _frozen(read(name)))
+    return Streamed(model, layers, _names_in_files(model, whole, files), read, device)
+
+
+def streamed_logits(streamed: Streamed, rows: list[list[int]]) -> Logits:
+    """Runs all rows through the layers and keeps their last hidden states; logits are made of them row by row."""
+    model, device = streamed.model, streamed.device
+    hooks = [handle for layer in streamed.layers for handle in _stream(layer, streamed)]
     decoder: Any = model.base_model
     hidden: dict[tuple[int, ...], torch.Tensor] = {}
     for batch in _batches(rows):
@@ -142,6 +177,8 @@ def _layered(
         with torch.no_grad():
             states = decoder(input_ids=ids, use_cache=False).last_hidden_state
         hidden |= {tuple(row): states[number, : len(row)].clone() for number, row in enumerate(batch)}
+    for hook in hooks:
+        hook.remove()
 
     def logits(ids: list[int]) -> torch.Tensor:
         states = hidden[tuple(ids)]
@@ -189,8 +226,8 @@ def _names_in_files(model: PreTrainedModel, whole: nn.Module, files: Checkpoint)
             name = _WRAPPERS.sub("", f"{path}.{leaf}")
             if ".lora_" in name or ".modules_to_save." in name or "trainable_tokens" in name:
                 raise StageError("certificate", f"{path}.{leaf} was not loaded", "report this")
-            stored = name if name in files.tensors else ties.get(name, name)
-            if stored not in files.tensors:
+            stored = name if stored_tensors(name, files) else ties.get(name, name)
+            if not stored_tensors(stored, files):
                 raise CheckpointError(
                     str(files.folder),
                     f"has no {stored}: its architecture is stored under other names than it has in memory",
@@ -219,18 +256,20 @@ def _fill(module: nn.Module, names: dict[int, dict[str, str]], make: Callable[[s
         module.register_parameter(leaf, make(name))
 
 
-def _stream(layer: nn.Module, names: dict[int, dict[str, str]], make: Callable[[str], nn.Parameter]) -> None:
+def _empty_again(module: nn.Module, names: dict[int, dict[str, str]]) -> None:
+    for leaf in names.get(id(module), {}):
+        module.register_parameter(leaf, _empty(module.get_parameter(leaf)))
+
+
+def _stream(layer: nn.Module, streamed: Streamed) -> list[RemovableHandle]:
     """Fills a layer's parameters just before it computes, and lets go of them after it."""
-    empty = {id(module): dict(module.named_parameters(recurse=False)) for module in layer.modules()}
 
     def before(*_: Any) -> None:
         for module in layer.modules():
-            _fill(module, names, make)
+            _fill(module, streamed.names, lambda name: _frozen(streamed.read(name)))
 
     def after(*_: Any) -> None:
         for module in layer.modules():
-            for leaf in names.get(id(module), {}):
-                module.register_parameter(leaf, empty[id(module)][leaf])
+            _empty_again(module, streamed.names)
 
-    layer.register_forward_pre_hook(before)
-    layer.register_forward_hook(after)
+    return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]

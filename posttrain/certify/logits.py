@@ -83,9 +83,9 @@ def _max(one: float, other: float) -> float:
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(softmax p || softmax q) per token; rounding may take it a little below zero."""
+    """KL(softmax p || softmax q) per token, which rounding would take a little below zero."""
     log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)  # NaN stays NaN
 
 
 def logits_of(model: nn.Module) -> Logits:

@@ -254,10 +254,13 @@ def break_up(text: str, pattern: re.Pattern[str]) -> str:
     Raises:
         ChatError: the text contains a lone surrogate, or a noncharacter that is kept for this.
     """
-
-    def broken(match: re.Match[str]) -> str:
+    breaks: set[int] = set()
+    match = pattern.search(text)
+    while match is not None:
         if len(match[0]) == 1:
             raise ChatError("text", f"contains U+{ord(match[0]):04X}, which is no character", "remove it")
-        return BREAK.join(match[0])
-
-    return pattern.sub(broken, text)
+        breaks.update(range(match.start() + 1, match.end()))
+        match = pattern.search(text, match.start() + 1)  # another token may begin inside this one
+    if not breaks:
+        return text
+    return "".join([BREAK + character if at in breaks else character for at, character in enumerate(text)])

@@ -23,8 +23,9 @@ SECONDS = 20.0
 """Processor time that one rendering may take."""
 _FREE, _TIMES = 1_000_000, 16
 """Characters that any rendering may have, and how many more for each character of the conversation."""
-_SYSTEM = ("system", "developer")
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+SYSTEM_ROLES = ("system", "developer")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Keys under which an assistant's message has its reasoning."""
 _BROKEN = (
     jinja2.TemplateError,
     TypeError,
@@ -147,7 +148,7 @@ def _present(message: Message) -> Message:
 
 def _named_reasoning(message: Message) -> Message:
     """Gives reasoning both of the names that templates read, as transformers 5.23 does."""
-    reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+    reasoning = next((message[key] for key in REASONING if message.get(key) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
@@ -163,7 +164,7 @@ def _refuses_system(
     how: dict[str, bool],
 ) -> bool:
     """Whether a conversation that failed renders once its system messages are away."""
-    others = [message for message in messages if message.get("role") not in _SYSTEM]
+    others = [message for message in messages if message.get("role") not in SYSTEM_ROLES]
     if not others or len(others) == len(messages):
         return False
     try:

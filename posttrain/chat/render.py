@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -30,10 +30,15 @@ __all__ = [
     "render_conversation",
     "render_conversations",
     "render_pair",
+    "render_pairs",
     "render_prompt",
     "render_turns",
 ]
 
+AnyPair = tuple[Sequence[Message], Sequence[Message], Sequence[Message], Tools]
+"""(prompt, chosen, rejected, tools)."""
+PairIds = tuple[list[int], list[int], list[int]]
+"""Ids of a prompt and of two answers to it."""
 MASKED = -100
 _CHUNK = 256
 """Conversations whose texts are encoded together."""
@@ -51,6 +56,8 @@ class Rendered:
     """Characters of `text` that carry loss: an answer and its end-of-turn token each."""
     straddled: int
     """Answers whose first characters would have joined the prompt's last token; the text was cut there."""
+    runs: list[Span] = field(default_factory=list)
+    """(start, end) places of `input_ids` that carry loss: `labels` in short."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,8 @@ def render_prompt(
 
     Args:
         continue_final_message: the last message is an answer that is to be continued: it is left open, and
-            the ids are the beginning of those of the conversation that ends with it.
+            the ids are the beginning of those of the conversation that ends with it (but for white space at its
+            end where the end of turn eats that).
 
     Raises:
         ChatError: the template cannot render the conversation, or leaves a message out; or there is no
@@ -165,8 +173,45 @@ def render_pair(
         ChatError: as for a conversation; an answer is not exactly one assistant message; or the
             template writes the prompt differently before the two answers.
     """
-    prompt_ids, chosen_ids = _complete(tokenizer, template, prompt, chosen, tools, "chosen")
-    other_prompt, rejected_ids = _complete(tokenizer, template, prompt, rejected, tools, "rejected")
+    (made,) = render_pairs(tokenizer, template, [(prompt, chosen, rejected, tools)])
+    if isinstance(made, ChatError):
+        raise made
+    return made
+
+
+def render_pairs(
+    tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, pairs: Iterable[AnyPair]
+) -> Iterator[PairIds | ChatError]:
+    """Renders many pairs, their texts encoded together: the same ids, sooner.
+
+    Args:
+        pairs: (prompt, chosen, rejected, tools) of each.
+
+    Yields:
+        For each pair, in order, what `render_pair` returns, or the error that it raises.
+    """
+    remaining, encoder = iter(pairs), encoder_of(tokenizer)
+    while chunk := list(islice(remaining, _CHUNK)):
+        laid_out = [
+            [
+                _attempt(_lay_out_answer, tokenizer, template, prompt, answer, tools, which)
+                for answer, which in ((chosen, "chosen"), (rejected, "rejected"))
+            ]
+            for prompt, chosen, rejected, tools in chunk
+        ]
+        encoder.expect([(one.text, one.starts) for both in laid_out for one in both if isinstance(one, _Layout)])
+        for both in laid_out:
+            yield _attempt(_encode_pair, tokenizer, template, *both)
+
+
+def _encode_pair(
+    tokenizer: PreTrainedTokenizerFast,
+    template: ChatTemplate,
+    chosen: _Layout | ChatError,
+    rejected: _Layout | ChatError,
+) -> PairIds:
+    prompt_ids, chosen_ids = _encode_answer(tokenizer, template, chosen)
+    other_prompt, rejected_ids = _encode_answer(tokenizer, template, rejected)
     if prompt_ids != other_prompt:
         raise ChatError(
             f"chat template {template.name}",
@@ -176,21 +221,30 @@ def render_pair(
     return prompt_ids, chosen_ids, rejected_ids
 
 
-def _complete(
+def _lay_out_answer(
     tokenizer: PreTrainedTokenizerFast,
     template: ChatTemplate,
     prompt: Sequence[Message],
     answer: Sequence[Message],
     tools: Tools,
     which: str,
-) -> tuple[list[int], list[int]]:
+) -> _Layout:
     if len(answer) != 1 or answer[0].get("role") != "assistant":
         roles = ", ".join(str(message.get("role")) for message in answer) or "no message"
         raise ChatError(which, f"is {roles}, not one assistant message", "put what comes before it into the prompt")
-    layout = _lay_out(tokenizer, template, [*prompt, *answer], tools, [len(prompt)], {})
+    return _lay_out(tokenizer, template, [*prompt, *answer], tools, [len(prompt)], {})
+
+
+def _encode_answer(
+    tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, layout: _Layout | ChatError
+) -> tuple[list[int], list[int]]:
+    """Ids of a prompt, and of the last answer up to its end-of-turn token."""
+    if isinstance(layout, ChatError):
+        raise layout
     encoded = encoder_of(tokenizer).encode_at(layout.text, layout.starts)
-    after = _after_end(encoded, layout.spans[-1][1], end_of_turn(tokenizer, template))
-    return encoded.ids[: encoded.firsts[-1]], encoded.ids[encoded.firsts[-1] : after]
+    first = encoded.firsts[-1]
+    after = _after_end(encoded, first, layout.spans[-1][1], end_of_turn(tokenizer, template))
+    return encoded.ids[:first], encoded.ids[first:after]
 
 
 def _attempt(work: Callable[..., Any], *given: Any) -> Any:
@@ -265,25 +319,31 @@ def _lay_out(
 def _encode(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, layout: _Layout) -> Rendered:
     """Encodes a text, cut where an answer begins, with labels on the answers that are trained."""
     text, encoded = layout.text, encoder_of(tokenizer).encode_at(layout.text, layout.starts)
-    ids, labels = encoded.ids, [MASKED] * len(encoded.ids)
+    ids, labels, runs = encoded.ids, [MASKED] * len(encoded.ids), []
     skipped = len(layout.spans) - layout.trained
     spans = layout.spans[skipped:]
     if spans:
         end = end_of_turn(tokenizer, template)
         for (_, stop), first in zip(spans, encoded.firsts[skipped:], strict=True):
-            after = _after_end(encoded, stop, end)
+            after = _after_end(encoded, first, stop, end)
             labels[first:after] = ids[first:after]
+            runs.append((first, after))
     if BREAK in text:
         spans = [(_plain_index(text, start), _plain_index(text, stop)) for start, stop in spans]
         text = text.replace(BREAK, "")
-    return Rendered(text, ids, labels, spans, encoded.straddled)
+    return Rendered(text, ids, labels, spans, encoded.straddled, runs)
 
 
-def _after_end(encoded: Encoded, stop: int, end: EndOfTurn) -> int:
-    """Index just after the end-of-turn token that closes a span (it may have eaten white space around it)."""
+def _after_end(encoded: Encoded, first: int, stop: int, end: EndOfTurn) -> int:
+    """Index just after the end-of-turn token that closes a span (it may have eaten white space around it).
+
+    Args:
+        first: index of the span's first token.
+        stop: character after the span.
+    """
     piece = bisect_right(encoded.starts, stop - len(end.text)) - 1
     place = encoded.places[piece]
-    if encoded.ids[place] != end.id:
+    if place < first or encoded.ids[place] != end.id:
         raise ChatError(
             "tokenizer", f"does not make the token {end.text!r} at the end of an answer", "check its added tokens"
         )

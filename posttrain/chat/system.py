@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from posttrain.chat.jinja import Message
+from posttrain.chat.jinja import SYSTEM_ROLES, Message
 from posttrain.errors import ChatError
-
-_SYSTEM = ("system", "developer")
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:
@@ -19,7 +17,7 @@ def fold_system(messages: Sequence[Message]) -> list[Message]:
     folded: list[Message] = []
     texts: list[str] = []
     for message in messages:
-        if message.get("role") in _SYSTEM:
+        if message.get("role") in SYSTEM_ROLES:
             texts.append(str(message.get("content") or ""))
             continue
         if texts and message.get("role") == "user":

@@ -160,6 +160,8 @@ def own_template(value: Any, where: str) -> ChatTemplate | None:
     if isinstance(value, list):  # as older tokenizer_config.json files write several
         named = [entry for entry in value if isinstance(entry, dict)]
         value = {str(entry.get("name")): entry.get("template") for entry in named}
+    if not value:
+        return None
     if isinstance(value, dict):
         if "default" not in value:
             raise ChatError(where, f"templates {', '.join(value)}, none called default", "name one as chat_template")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -46,6 +47,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     except Exception as error:  # the tokenizers library raises bare Exceptions for a damaged file
         raise ChatError(str(folder), f"tokenizer does not load ({_first_line(error)})", "download it again") from None
     return _plain(tokenizer)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 (hex) of everything that decides a tokenizer's ids, and of the special tokens that templates write."""
+    named = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    return hashlib.sha256(f"{tokenizer.backend_tokenizer.to_str()}\0{named}".encode()).hexdigest()
 
 
 def load_any_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

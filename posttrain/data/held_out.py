@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
+
+import numpy as np
+
+from posttrain.data.groups import seeded_digest, take_groups
 
 DEFAULT = 16
 """Rows held out where nobody asks for a number, from sets of `DEFAULT * FEWEST` rows on."""
@@ -16,18 +19,16 @@ def held_out_count(asked: int | None, rows: int) -> int:
     return min(DEFAULT, rows // FEWEST) if asked is None else asked
 
 
-def choose_held_out(prompts: Sequence[bytes], count: int, seed: int) -> set[int]:
+def choose_held_out(prompts: Iterable[bytes], count: int, seed: int) -> set[int]:
     """Returns the indices of at most `count` rows whose prompts no other row has.
 
     Rows of one prompt stay together. Groups are ordered by SHA-256 of seed and prompt, which does not depend on
     the order of rows; each in turn that still fits is held out, so it is exactly `count` rows wherever enough
-    prompts have one row.
+    prompts have one row. The prompts are read once, and none is kept.
     """
-    groups: dict[bytes, list[int]] = {}
-    for index, prompt in enumerate(prompts if count else ()):
-        groups.setdefault(hashlib.sha256(b"%d\0%s" % (seed, prompt)).digest(), []).append(index)
-    held: set[int] = set()
-    for digest in sorted(groups):
-        if len(held) + len(groups[digest]) <= count:
-            held.update(groups[digest])
-    return held
+    if not count:
+        return set()
+    digests = bytearray()
+    for prompt in prompts:
+        digests += seeded_digest(seed, prompt)
+    return set(np.flatnonzero(take_groups(digests, count)).tolist())

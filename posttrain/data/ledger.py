@@ -93,9 +93,9 @@ class Ledger:
         account.rows["in"] += rows
         account.tokens["in"] += tokens
 
-    def split(self, source: str, made: int) -> None:
-        """Counts a conversation that is replaced by `made` rows, each of which is accounted for by itself."""
-        self._account(source).rows.update(split=1, made=made)
+    def split(self, source: str, made: int, conversations: int = 1) -> None:
+        """Counts conversations that are replaced by `made` rows, each of which is accounted for by itself."""
+        self._account(source).rows.update(split=conversations, made=made)
 
     def train(self, source: str, supervised: int, masked: int, truncated: int = 0, rows: int = 1) -> None:
         """Counts rows that are trained on, their tokens with loss, without, and those cut off."""

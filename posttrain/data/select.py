@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.data.rows import ChatRow, PairRow, RawRow, Row, TextRow
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
 class SelectSpec:
-    """One side of a split; see `posttrain.data.select.side_of`."""
+    """One side of a split; see `posttrain.data.select.choose_rows`."""
 
     rows: int
     side: Literal["train", "heldout"]
@@ -22,38 +23,52 @@ class SelectSpec:
     seed: int = 0
 
 
-def side_of(keys: Sequence[str], spec: SelectSpec) -> list[int]:
-    """Returns the indices, ascending, of the rows on the wanted side of a split.
+def choose_rows(rows: Callable[[], Iterable[Row]], spec: SelectSpec) -> np.ndarray:
+    """Returns which rows [rows] (bool) are on the wanted side of a split; they are read once, or twice.
 
-    Rows of one key form a group. Groups are ordered by SHA-256 of seed and key, which does not depend on
-    the order of rows; the train side takes each group in turn that still fits into `spec.rows` and skips
-    one that would overflow, so it holds at most `spec.rows` rows, and exactly that many wherever enough
+    Rows of one key (see `key_of`) form a group. Groups are ordered by SHA-256 of seed and key, which does not
+    depend on the order of rows; the train side takes each group in turn that still fits into `spec.rows` and
+    skips one that would overflow, so it holds at most `spec.rows` rows, and exactly that many wherever enough
     groups of one row exist. All the rest is held out.
+
+    Args:
+        rows: begins to read the rows; they are read again only where some repeat and `by` is `row`.
     """
-    groups: dict[str, list[int]] = {}
-    for index, key in enumerate(keys):
-        groups.setdefault(key, []).append(index)
-    train: set[int] = set()
-    for key in sorted(groups, key=lambda key: _digest(spec.seed, key)):
-        if len(train) + len(groups[key]) <= spec.rows:
-            train.update(groups[key])
-    return [index for index in range(len(keys)) if (index in train) == (spec.side == "train")]
+    from posttrain.data.groups import take_groups  # numpy: only a split needs it
+
+    train = take_groups(_digests(rows, spec), spec.rows)
+    return train if spec.side == "train" else ~train
 
 
-def split_keys(rows: Sequence[Row], by: Literal["row", "prompt"]) -> list[str]:
-    """Returns what groups each row: its prompt, or (`row`) its content, numbered where it repeats.
+def _digests(rows: Callable[[], Iterable[Row]], spec: SelectSpec) -> bytearray:
+    """The digests of all rows' keys, end to end; rows that are alike are told apart by a number."""
+    from posttrain.data.groups import SIZE, seeded_digest, times_before
+
+    keyed, alike = bytearray(), bytearray()
+    for row in rows():
+        key = _bytes(key_of(row, spec.by))
+        keyed += seeded_digest(spec.seed, key if spec.by == "prompt" else key + b"\0" + b"0")
+        if spec.by == "row":
+            alike += seeded_digest(0, key)
+    times = times_before(alike)
+    for number, row in enumerate(rows() if times.any() else ()):
+        if times[number]:
+            key = _bytes(f"{key_of(row, spec.by)}\0{times[number]}")
+            keyed[number * SIZE : (number + 1) * SIZE] = seeded_digest(spec.seed, key)
+    return keyed
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def key_of(row: Row, by: Literal["row", "prompt"]) -> str:
+    """Returns what groups a row: its prompt, or (`row`) its content.
 
     A prompt is a conversation's first user turn, the messages of a pair's prompt, the field `prompt` of a
     raw row where it has one, and otherwise the whole content.
     """
-    if by == "prompt":
-        return [_prompt(row) for row in rows]
-    seen: Counter[str] = Counter()
-    keys = []
-    for content in map(_content, rows):
-        keys.append(f"{content}\0{seen[content]}")
-        seen[content] += 1
-    return keys
+    return _prompt(row) if by == "prompt" else _content(row)
 
 
 def _prompt(row: Row) -> str:
@@ -77,7 +92,3 @@ def _content(row: Row) -> str:
 
 def _text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
-
-
-def _digest(seed: int, key: str) -> bytes:
-    return hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "surrogatepass")).digest()

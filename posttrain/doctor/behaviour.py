@@ -26,6 +26,8 @@ _ORDERS: dict[str, list[Message]] = {
     "two assistants in a row": [USER, ANSWER, LAST],
     "a system message in the middle": [USER, ANSWER, _LATER, NEXT],
 }
+BYTE_ORDER_MARK = "\ufeff"
+"""What some editors write first into a file: a template renders it."""
 _INDENTED = re.compile(r"\n[ \t]+(?=\S)|\n\s*\n(?=<\||<｜|<\w+_of_|\[[A-Z])")
 _ROLE_WORD = re.compile(r"assistant|model|gpt|\bbot\b|\bai\b", re.IGNORECASE)
 _REASONING = re.compile(r"reasoning_content|[.']thinking\b|message\.reasoning|\['reasoning'\]")
@@ -136,6 +138,8 @@ def contents(probes: Probes) -> Iterator[Finding]:
 
 
 def _indentation_at_start(probes: Probes) -> str:
+    if probes.start.startswith(BYTE_ORDER_MARK):
+        return BYTE_ORDER_MARK
     white = probes.start[: len(probes.start) - len(probes.start.lstrip())]
     return white if "\n" in white or len(white) > 1 else ""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.chat.encode import encoder_of, pattern_of
+from posttrain.chat.jinja import REASONING
 from posttrain.chat.render import render_conversation
 from posttrain.data.read import SourceSpec, locate, read_source
 from posttrain.data.rows import ChatRow, Message
@@ -17,7 +18,6 @@ from posttrain.doctor.probes import Probes
 from posttrain.errors import ChatError, DataError
 
 MOST_ROWS = 2000
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass
@@ -141,7 +141,7 @@ def _renders(messages: list[Message], probes: Probes) -> bool:
 
 
 def _without_reasoning(messages: list[Message]) -> list[Message]:
-    return [{key: value for key, value in message.items() if key not in _REASONING} for message in messages]
+    return [{key: value for key, value in message.items() if key not in REASONING} for message in messages]
 
 
 def _untooled(messages: list[Message]) -> list[Message]:

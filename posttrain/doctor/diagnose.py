@@ -101,9 +101,10 @@ def _of_tokenizer(checkpoint: Checkpoint, end: EndOfTurn | None) -> Iterator[Fin
 
 
 def _broken(probes: Probes) -> list[Finding]:
-    """What keeps a template from rendering anything: tokens that are not there, else the template itself."""
+    """What keeps a template from rendering anything: tokens it is known to need, else the template itself."""
     broken = list(files.renders(probes))
-    return (list(tokens.template_tokens(probes)) or broken) if broken else []
+    missing = list(tokens.template_tokens(probes)) if broken and probes.bundled else []
+    return missing or broken
 
 
 def _of_template(checkpoint: Checkpoint, probes: Probes) -> Iterator[Finding]:
@@ -111,7 +112,7 @@ def _of_template(checkpoint: Checkpoint, probes: Probes) -> Iterator[Finding]:
     missing = list(tokens.template_tokens(probes))
     yield from missing
     if not missing:
-        if checkpoint.tokenizer is not None and checkpoint.tokenizer.eos_token is not None:
+        if checkpoint.tokenizer is not None and checkpoint.tokenizer.eos_token:
             yield from tokens.end_of_answers(checkpoint, probes)
         yield from tokens.flags(probes)
         yield from tokens.prefix_space(probes)

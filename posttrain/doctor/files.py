@@ -13,7 +13,7 @@ from posttrain.doctor.probes import ANSWER, USER, Probes
 from posttrain.errors import CheckpointError
 from posttrain.models.files import read_json
 
-_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _JINJA, _TOKENIZER, _CONFIG = "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"
 
@@ -157,7 +157,7 @@ def _unknown_tokens(checkpoint: Checkpoint) -> Iterator[Finding]:
     known = {entry["content"] for entry in entries}
     for name in _NAMES:
         text = tokenizer.special_tokens_map.get(name)
-        if text is not None and text not in known and tokenizer.backend_tokenizer.model.token_to_id(text) is None:
+        if text and text not in known and tokenizer.backend_tokenizer.model.token_to_id(text) is None:
             cause = f"{text!r} is no token of {_TOKENIZER}; loading gives it the new id {checkpoint.vocabulary[text]}"
             yield _disagree(f"{_CONFIG}, {name}", cause, f"name a token that {_TOKENIZER} has")
             return
@@ -188,7 +188,7 @@ def _added_tokens(checkpoint: Checkpoint) -> str:
             continue  # a file may leave tokens of the vocabulary itself out
         if other["content"] != entry.get("content"):
             return f"token {token} is {other['content']!r} in one, {entry.get('content')!r} in the other"
-        flags = [flag for flag in _FLAGS if flag in entry and bool(other.get(flag)) != bool(entry[flag])]
+        flags = [flag for flag in FLAGS if flag in entry and bool(other.get(flag)) != bool(entry[flag])]
         if flags:
             return f"{other['content']!r} has {flags[0]} {other.get(flags[0])} in one, {entry[flags[0]]} in the other"
     return ""

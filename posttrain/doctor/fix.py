@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.artifact import RECORD, Artifact, visible_files
-from posttrain.chat.templates import load_template
+from posttrain.chat.templates import ChatTemplate, load_template
 from posttrain.doctor import mend_files, mend_template, mend_tokens
 from posttrain.doctor.catalogue import Finding
 from posttrain.doctor.checkpoint import open_checkpoint
@@ -86,23 +86,36 @@ def fix(folder: Path, out: Path, template: str | None = None, base_dir: Path = P
         base_dir: what a relative file of a template is relative to.
 
     Raises:
-        UserError: `out` exists or lies inside `folder`, no such folder or template, no room on the disk.
+        UserError: `out` exists or lies inside `folder`, no such folder or template, what cannot be read or written.
         CheckpointError: files that are incomplete, or matrices that cannot be written (quantised).
     """
     open_checkpoint(folder, template, base_dir)
 
     def write(partial: Path) -> Repair:
-        _copy(folder, partial)
-        patient = _admit(partial)
-        if template is not None:
-            mend_template.install(patient, load_template(template, base_dir))
-        _mend(patient)
-        left = diagnose(partial).findings
-        if patient.changes:
-            (partial / RECORD).unlink(missing_ok=True)
-        return Repair(tuple(patient.changes), left)
+        chosen = None if template is None else load_template(template, base_dir)
+        try:
+            return _write(folder, partial, chosen)
+        except UserError as error:  # nobody will find the copy: it goes when this is raised
+            where = error.where.replace(str(partial), str(folder))
+            raise type(error)(where, error.found, error.todo) from None
+        except OSError as error:
+            found = f"cannot be read or written: {error.strerror}"
+            raise UserError(str(error.filename or out), found, "make room, or check who may read and write") from None
 
-    return build_folder(out, [folder], write, out.with_name(f".{out.name}.mending"))
+    return build_folder(out, [folder], write, out.parent / f".{out.name}.mending")
+
+
+def _write(folder: Path, partial: Path, template: ChatTemplate | None) -> Repair:
+    """Copies, mends, and diagnoses the copy."""
+    _copy(folder, partial)
+    patient = _admit(partial)
+    if template is not None:
+        mend_template.install(patient, template)
+    _mend(patient)
+    left = diagnose(partial).findings
+    if patient.changes:
+        (partial / RECORD).unlink(missing_ok=True)
+    return Repair(tuple(patient.changes), left)
 
 
 def _admit(folder: Path) -> Patient:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from posttrain.chat.tokenizer import load_any_tokenizer
+from posttrain.doctor.files import FLAGS
 from posttrain.doctor.mend import GENERATION, JINJA, SPECIAL_MAP, TOKENIZER, TOKENIZER_CONFIG, Patient
 from posttrain.errors import ChatError, CheckpointError
 from posttrain.models.files import read_json
 
 _OTHERS = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model")
 """Files from which a tokenizer can be built when its `tokenizer.json` is beyond repair."""
-_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
@@ -113,7 +113,7 @@ def _added_tokens(patient: Patient) -> None:
     for entry in spec["added_tokens"]:
         other = decoder.get(str(entry["id"]), {})
         if other.get("content") == entry["content"]:
-            entry |= {flag: bool(other[flag]) for flag in _FLAGS if flag in other}
+            entry |= {flag: bool(other[flag]) for flag in FLAGS if flag in other}
     patient.write(TOKENIZER, spec)
     _forget(patient, "added_tokens_decoder", f"{TOKENIZER} has the tokens")
 

@@ -13,6 +13,7 @@ from posttrain.artifact import write_atomically
 from posttrain.chat.corpus import conversations
 from posttrain.chat.jinja import Message, Tools, render_text
 from posttrain.chat.templates import ChatTemplate, load_template, strip_marks
+from posttrain.doctor.behaviour import BYTE_ORDER_MARK
 from posttrain.doctor.mend import JINJA, TOKENIZER_CONFIG, Patient
 from posttrain.doctor.mend_tokens import template_tokens
 from posttrain.doctor.probes import Probes
@@ -161,6 +162,10 @@ def minify(patient: Patient) -> None:
     expressions, and what goes is the source's own layout. Proved: no letter of any conversation changes.
     """
     own, tokenizer, old = _own(patient)
+    if own.inference.startswith(BYTE_ORDER_MARK):
+        patient.say(f"{JINJA}: the byte order mark at its beginning is no longer rendered")
+        _write(patient, own.inference.removeprefix(BYTE_ORDER_MARK))
+        return
     if _TAG.sub("", own.inference).strip():
         return
     source = "".join(_dashed(tag) for tag in _TAG.finditer(own.inference))

@@ -22,14 +22,15 @@ from posttrain.errors import ChatError
 from posttrain.models.new_tokens import NewToken, read_new_tokens, write_new_tokens
 
 _ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>", "<｜end▁of▁sentence｜>")
-_PAD = "<|pad|>"
+_BEGINS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "<｜begin▁of▁sentence｜>")
+_PAD, _BOS = "<|pad|>", "<|begin_of_text|>"
 
 
 def eos(patient: Patient) -> None:
     """Gives the tokenizer the eos token that the configs name, else one of a usual name that it has."""
     checkpoint = patient.checkpoint()
     tokenizer = checkpoint.tokenizer
-    if tokenizer is None or tokenizer.eos_token is not None:
+    if tokenizer is None or tokenizer.eos_token:
         return
     known = {token: text for text, token in tokenizer.get_vocab().items()}
     said = [*listed(checkpoint.text_config.get("eos_token_id")), *(checkpoint.stops or [])]
@@ -101,6 +102,8 @@ def template_tokens(patient: Patient) -> None:
     if tokenizer is None or template is None:
         return
     missing = tokens.missing_tokens(Probes(tokenizer, template))
+    if "bos_token" in missing:
+        missing = _bos(patient, tokenizer, missing)
     if not missing:
         return
     spec, spare = patient.tokenizer_spec(), spare_tokens(tokenizer, template)
@@ -113,6 +116,15 @@ def template_tokens(patient: Patient) -> None:
             patient.say(f"{TOKENIZER}: {token} added as {add_token(spec, token)}")
     patient.write(TOKENIZER, spec)
     begin_rows(patient, missing)
+
+
+def _bos(patient: Patient, tokenizer: PreTrainedTokenizerFast, missing: Sequence[str]) -> list[str]:
+    """Names a bos token, one of a usual name that is there or a new one; returns the texts of what is missing then."""
+    there = encoder_of(tokenizer).added.values()
+    text = next((name for name in _BEGINS if name in there), _BOS)
+    patient.set_token("bos_token", text)
+    tokenizer.bos_token = text
+    return [token for token in [text, *missing] if token != "bos_token" and token not in there]
 
 
 def _rename_elsewhere(patient: Patient, old: str, new: str) -> None:

@@ -123,8 +123,9 @@ def _root_mean_square(values: np.ndarray) -> np.float32:
 
 
 def _sample(place: TensorPlace) -> np.ndarray:
-    """All rows of a matrix, or rows spread evenly through a large one."""
-    return read_rows(place, range(0, place.shape[0], -(-place.shape[0] // _SAMPLE)))
+    """All finite rows of a matrix, or of those spread evenly through a large one."""
+    rows = read_rows(place, range(0, place.shape[0], -(-place.shape[0] // _SAMPLE)))
+    return rows[np.isfinite(rows).all(axis=1)]
 
 
 def _edit(place: TensorPlace, rows: int, new: Sequence[NewRow]) -> _Edit:

@@ -52,7 +52,7 @@ def eos(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Finds a tokenizer without eos token."""
     tokenizer = checkpoint.tokenizer
     assert tokenizer is not None
-    if tokenizer.eos_token is None:
+    if not tokenizer.eos_token:  # transformers takes an empty text for one
         known = [str(tokenizer.convert_ids_to_tokens(token)) for token in checkpoint.stops or []]
         hint = f": config and generation config say {', '.join(known)}" if known else ""
         remedy = f"set it to {known[0]!r}; --fix does" if known else "name the token that ends texts"

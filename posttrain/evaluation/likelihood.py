@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.chat.render import render_pair
+from posttrain.errors import ChatError
 from posttrain.evaluation.batches import by_length
 
 if TYPE_CHECKING:
@@ -152,11 +153,19 @@ def preference(
     Returns:
         One score per pair; None where prompt and longer answer do not fit into `max_length` tokens, since a
         cut answer is another answer.
+
+    Raises:
+        ChatError: a pair cannot be rendered; it names its file and row.
     """
     rows: list[Row] = []
     fitting: list[int] = []
     for number, pair in enumerate(pairs):
-        prompt, chosen, rejected = render_pair(tokenizer, template, pair.prompt, pair.chosen, pair.rejected, pair.tools)
+        try:
+            prompt, chosen, rejected = render_pair(
+                tokenizer, template, pair.prompt, pair.chosen, pair.rejected, pair.tools
+            )
+        except ChatError as error:
+            raise error.at(str(pair.origin)) from None
         if len(prompt) + max(len(chosen), len(rejected)) > max_length:
             continue
         fitting.append(number)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.chat.render import render_prompt
+from posttrain.errors import ChatError
 from posttrain.evaluation import checks
 from posttrain.evaluation.generate import Answer, generate_answers
 from posttrain.evaluation.likelihood import PairScore, TextScore, bits_per_byte, preference
@@ -121,7 +122,7 @@ def _pair_row(score: PairScore) -> RowScore:
 
 def _score_questions(suite: Suite, talker: Talker, template: ChatTemplate) -> list[RowScore | None]:
     questions: Sequence[Question] = suite.rows
-    prompts = [render_prompt(talker.tokenizer, template, question.messages) for question in questions]
+    prompts = [_prompt(question, talker, template) for question in questions]
     fitting = [number for number, ids in enumerate(prompts) if len(ids) <= suite.max_length]
     answers = generate_answers(
         talker.model,
@@ -135,6 +136,13 @@ def _score_questions(suite: Suite, talker: Talker, template: ChatTemplate) -> li
     for number, answer in zip(fitting, answers, strict=True):
         result[number] = _question_row(suite.rules, questions[number], answer)
     return result
+
+
+def _prompt(question: Question, talker: Talker, template: ChatTemplate) -> list[int]:
+    try:
+        return render_prompt(talker.tokenizer, template, question.messages)
+    except ChatError as error:
+        raise error.at(question.origin) from None
 
 
 def _question_row(rules: tuple[CheckRule, ...], question: Question, answer: Answer) -> RowScore:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,53 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(folder, config, edits, stamps, fused)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and re.compile(value) is not None
+    except re.error:
+        return False
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _are_indices(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_are_indices(rows) for rows in value.values())
+    return value is None or (isinstance(value, list) and all(isinstance(row, int) for row in value))
+
+
+def _by_patterns(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Whether a setting is absent, or a table whose keys are patterns and whose values fit."""
+    return lambda value: (
+        value is None
+        or (isinstance(value, dict) and all(_is_pattern(key) and fits(inner) for key, inner in value.items()))
+    )
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "r": _is_rank,
+    "lora_alpha": _is_number,
+    "rank_pattern": _by_patterns(_is_rank),
+    "alpha_pattern": _by_patterns(_is_number),
+    "target_modules": lambda value: _are_names(value) or _is_pattern(value),
+    "exclude_modules": lambda value: _are_names(value) or _is_pattern(value),
+    "target_parameters": _are_names,
+    "modules_to_save": _are_names,
+    "trainable_token_indices": _are_indices,
+}
+"""Settings that a merge computes with, and what peft writes there."""
+
+
 def _checked_config(folder: Path) -> dict[str, Any]:
     where = str(folder / CONFIG)
     config = read_json(folder / CONFIG)
@@ -149,6 +197,9 @@ def _checked_config(folder: Path) -> dict[str, Any]:
     for name in _UNKNOWN:
         if config.get(name):
             raise CheckpointError(where, f"{name} is set: a LoRA variant that this merge does not know")
+    for name, fits in _FITS.items():
+        if not fits(config.get(name)):
+            raise CheckpointError(where, f"{name} is {config.get(name)!r}", "restore what peft wrote there")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_MUTATING):
         raise CheckpointError(

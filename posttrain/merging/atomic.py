@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +30,7 @@ def build_folder(
 ) -> Report:
     """Runs `write` on an empty folder beside `out`, and gives that its final name.
 
-    One left by a killed process is replaced; when `write` raises, nothing is left.
+    One left by a killed process is emptied; when `write` raises, nothing is left.
 
     Args:
         out: must not exist.
@@ -36,23 +38,45 @@ def build_folder(
         partial: the folder that is written; `OUT.merging` when absent.
 
     Raises:
-        UserError: `out` exists, or lies inside a source.
+        UserError: `out` exists, lies inside a source, or is being written by another process.
         CheckpointError: the folder cannot be made, synced or renamed; and what `write` raises.
     """
-    if out.exists():
+    if os.path.lexists(out):  # a link to nothing too: a folder cannot take its place
         raise UserError(str(out), "exists already", "choose another folder, or move it aside")
     for source in sources:
         if out.resolve().is_relative_to(source.resolve()):
             raise UserError(str(out), f"lies inside {source}, which is read", "choose another folder")
     partial = partial or out.with_name(out.name + ".merging")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with disk_errors(out):
-            partial.mkdir(parents=True)
-        report = write(partial)
-        with disk_errors(out):
-            publish_folder(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with _alone_in(partial, out):
+        try:
+            report = write(partial)
+            if os.path.lexists(out):  # a rename would replace an empty folder
+                raise UserError(str(out), "has come to exist meanwhile", "choose another folder, or move it aside")
+            with disk_errors(out):
+                publish_folder(partial, out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     return report
+
+
+@contextmanager
+def _alone_in(folder: Path, out: Path) -> Iterator[None]:
+    """Makes a folder, or empties it, while no other process can: the lock is on the folder, and ends with us."""
+    with disk_errors(out):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.path.samestat(os.fstat(descriptor), folder.stat())
+        except (BlockingIOError, FileNotFoundError):
+            same = False  # another has it, or has just given it its name
+        if not same:
+            raise UserError(str(out), "is being written by another process", "wait for it, or choose another folder")
+        with disk_errors(out):
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        yield
+    finally:
+        os.close(descriptor)

@@ -60,8 +60,8 @@ def _weight_map(path: Path) -> dict[str, str]:
     index = read_json(path).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise CheckpointError(str(path), "no weight_map", _INCOMPLETE)
-    for name in index.values():
-        if not isinstance(name, str) or Path(name).name != name:  # an index must not point out of its folder
+    for name in index.values():  # none of which may point out of its folder
+        if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
             raise CheckpointError(str(path), f"{name!r} is no file name", _INCOMPLETE)
     return index
 
@@ -72,7 +72,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(str(path), "no such file", _INCOMPLETE) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(str(path), f"cannot be read: {error.strerror}", "see that it may be read") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(str(path), f"damaged JSON ({error})", _INCOMPLETE) from None
     if not isinstance(value, dict):
         raise CheckpointError(str(path), "not a JSON object", _INCOMPLETE)
@@ -85,6 +87,8 @@ def stamp(file: Path) -> tuple[int, int, int]:
         found = file.stat()
     except FileNotFoundError:
         raise CheckpointError(str(file), "no such file", _INCOMPLETE) from None
+    except OSError as error:
+        raise CheckpointError(str(file), f"cannot be read: {error.strerror}", "see that it may be read") from None
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
+from posttrain.errors import CheckpointError
 from posttrain.merging.checkpoint import Checkpoint
 from posttrain.merging.writer import write_file
 
@@ -66,7 +66,7 @@ def write_configs(
     files = {"config.json": write_file(folder / "config.json", json.dumps(config, indent=2).encode() + b"\n")}
     generation = base.folder / "generation_config.json"
     if generation.is_file():
-        files[generation.name] = write_file(folder / generation.name, generation.read_bytes())
+        files[generation.name] = write_file(folder / generation.name, _read(generation))
     return files
 
 
@@ -78,5 +78,12 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
     ]
     for name in names:
         (target / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / name, target / name)  # contents only: modes follow the umask
+        write_file(target / name, _read(source / name))  # contents only: modes follow the umask
     return sorted(names)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(str(file), f"cannot be read: {error.strerror}", "see that it may be read") from error

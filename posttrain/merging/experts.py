@@ -1,8 +1,12 @@
-"""Mixtures of experts: one parameter for all experts of a layer in the runtime, one tensor for each in the files.
+"""Names in the files of what adapters name as in the runtime: other prefixes, and mixtures of experts.
 
-transformers 5 stacks experts when it loads a model: `mlp.experts.gate_up_proj` (experts, 2 * width, in) is each
-expert's gate above its up projection, `mlp.experts.down_proj` (experts, in, width) its down projection. peft names
-the runtime's parameters. With A (experts * r, in) and B (out, r * experts), expert e's delta is
+A checkpoint of a bare model (GPT-2's on the hub: `h.0.attn`) lacks the prefix that the model with its head gives all
+names (`transformer.h.0.attn`); transformers adds it when it loads.
+
+Of a mixture the runtime has one parameter for all experts of a layer, the files one tensor for each. transformers 5
+stacks them when it loads a model: `mlp.experts.gate_up_proj` (experts, 2 * width, in) is each expert's
+gate above its up projection, `mlp.experts.down_proj` (experts, in, width) its down projection. peft names the
+runtime's parameters. With A (experts * r, in) and B (out, r * experts), expert e's delta is
 
     scale * B[:, e::experts] @ A[e * r : (e + 1) * r]
 
@@ -65,9 +69,9 @@ def name_by_files(adapter: Adapter, base: Checkpoint) -> Adapter:
             "whose files this merge does not know",
             f"known are {', '.join(LAYOUTS)}; merge it with peft",
         )
-    edits = adapter.edits
+    edits = {_with_or_without_prefix(name, base): chain for name, chain in adapter.edits.items()}
     if layout:
-        edits = {_name_in_files(name, layout, base): chain for name, chain in adapter.edits.items()}
+        edits = {_name_in_files(name, layout, base): chain for name, chain in edits.items()}
         for name, edit in adapter.fused.items():
             for tensor, part in _unstacked(name, edit, layout, base, adapter):
                 edits.setdefault(tensor, []).append(part)
@@ -76,9 +80,37 @@ def name_by_files(adapter: Adapter, base: Checkpoint) -> Adapter:
     return replace(adapter, edits=edits, fused={})
 
 
+def stored_tensors(name: str, base: Checkpoint) -> list[list[TensorInfo]]:
+    """The tensors of the files that a runtime's parameter is loaded from; none where they have none.
+
+    Returns:
+        One list of one tensor; of a parameter of all experts a list for each, to be stacked, of what stands above
+        one another in it.
+    """
+    name = _with_or_without_prefix(name, base)
+    if name in base.tensors:
+        return [[base.tensors[name]]]
+    layout = LAYOUTS.get(str(base.config.get("model_type")))
+    if layout is None:
+        return []
+    holder, _, parameter = _name_in_files(name, layout, base).rpartition(".")
+    if f"{holder}.{parameter}" in base.tensors:
+        return [[base.tensors[f"{holder}.{parameter}"]]]
+    found: list[list[TensorInfo]] = []
+    parts = layout.parts.get(parameter, ())
+    while parts and f"{holder}.{len(found)}.{parts[0]}.weight" in base.tensors:
+        found.append([base.tensors[f"{holder}.{len(found)}.{part}.weight"] for part in parts])
+    return found
+
+
 def is_expert(name: str) -> bool:
     """Whether a tensor of the files belongs to one expert of several."""
     return _EXPERT.fullmatch(name) is not None
+
+
+def _with_or_without_prefix(name: str, base: Checkpoint) -> str:
+    bare = name.partition(".")[2]
+    return bare if name not in base.tensors and bare in base.tensors else name
 
 
 def _name_in_files(name: str, layout: Layout, base: Checkpoint) -> str:

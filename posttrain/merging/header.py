@@ -115,6 +115,8 @@ def _read_text(file: Path) -> tuple[int, int, bytes]:
             return size, length, stream.read(length)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise CheckpointError(str(file), "is missing", _DAMAGED) from None
+    except OSError as error:
+        raise CheckpointError(str(file), f"cannot be read: {error.strerror}", "see that it may be read") from None
 
 
 def _unique(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -118,8 +118,9 @@ def _refuse_quantised(base: Checkpoint) -> None:
 
 def _find_tie(base: Checkpoint) -> _Tie | None:
     """Tells from config and files whether embedding and output layer are one tensor, as transformers does."""
-    nested = base.config.get("text_config") or {}
-    flag = base.config.get("tie_word_embeddings", nested.get("tie_word_embeddings"))
+    nested = base.config.get("text_config")
+    inner = nested.get("tie_word_embeddings") if isinstance(nested, dict) else None
+    flag = base.config.get("tie_word_embeddings", inner)
     embedding, head = _named(base.tensors, EMBEDDINGS), _named(base.tensors, HEADS)
     if embedding is None or flag is False:
         return None

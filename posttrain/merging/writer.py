@@ -189,7 +189,7 @@ class FileWriter:
                         step.result()
                 with disk_errors(self.path):
                     os.fsync(self._file)
-                self._temporary.replace(self.path)
+                    self._temporary.replace(self.path)
         finally:
             for thread in (self._hasher, self._writer):
                 thread.shutdown(cancel_futures=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import CheckpointError
+from posttrain.merging.checkpoint import open_checkpoint
+from posttrain.merging.experts import stored_tensors
 from posttrain.merging.header import read_entries
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -15,6 +18,7 @@ _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules")
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")
 _MODEL_SUFFIXES = {".json", ".safetensors", ".model", ".txt", ".jinja"}
+_STACKED = re.compile(r"\.experts(\.base_layer)*$")
 _OURS = ("stage.json", "job.json", "log.txt")
 _AGAIN = "the folder is incomplete: copy, download or train it again"
 
@@ -94,6 +98,16 @@ def verify_model_files(folder: Path) -> None:
     Raises:
         CheckpointError: naming the file.
     """
+    verify_weight_files(folder)
+    verify_tokenizer_files(folder)
+
+
+def verify_weight_files(folder: Path) -> None:
+    """Checks config and shards of a model folder: what can be merged and loaded, if not talked to.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
     if not folder.is_dir():
         raise CheckpointError(str(folder), "no such folder", "check the path")
     config = read_json(folder / "config.json")
@@ -103,7 +117,6 @@ def verify_model_files(folder: Path) -> None:
     for name, shape in shapes.items():
         if math.prod(shape) == 0:
             raise CheckpointError(str(folder), f"{name} is empty ({shape})", _AGAIN)
-    verify_tokenizer_files(folder)
 
 
 def verify_tokenizer_files(folder: Path) -> None:
@@ -129,6 +142,12 @@ def verify_adapter_files(folder: Path) -> None:
         raise CheckpointError(str(folder / _ADAPTER_WEIGHTS), "holds no tensor", _AGAIN)
 
 
+def _renamed(name: str, base: Path) -> list[int] | None:
+    """The shape of what a mixture of experts holds under another name in its files (Mixtral's router)."""
+    found = stored_tensors(name, open_checkpoint(base))
+    return list(found[0][0].shape) if found else None
+
+
 def verify_adapter_fits(adapter: Path, base: Path) -> None:
     """Checks that every LoRA factor has the shape its base tensor asks for.
 
@@ -143,7 +162,9 @@ def verify_adapter_fits(adapter: Path, base: Path) -> None:
         module, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
         if part not in ("A.weight", "B.weight"):
             continue
-        weight = shapes.get(f"{module}.weight")
+        if _STACKED.search(module):  # one parameter of all experts, which files hold apart: the merge fits them
+            continue
+        weight = shapes.get(f"{module}.weight") or _renamed(f"{module}.weight", base)
         if weight is None:
             raise CheckpointError(str(file), f"changes {module}, which {base} does not have", "give its own base")
         axis = 1 if part == "A.weight" else 0

@@ -23,6 +23,10 @@ _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "LICENSE*",
 _UNWANTED = ["*/*", "consolidated*", "*.py", "*.bin", "*.pt", "*.pth", "*.pkl"]
 
 
+class Unreachable(UserError):
+    """A hub id that only a network could turn into a commit, and there is none."""
+
+
 @dataclass(frozen=True)
 class LocalPath:
     """A file or folder of this machine."""
@@ -76,7 +80,8 @@ def resolve(hub: HubId, kind: RepoKind = "model") -> str:
     A revision that already is a commit is returned as it stands, without asking anyone.
 
     Raises:
-        UserError: no such repository or revision, no access, or neither network nor cached copy.
+        UserError: no such repository or revision, or no access.
+        Unreachable: neither network nor cached copy.
     """
     if hub.revision and _COMMIT.fullmatch(hub.revision):
         return hub.revision
@@ -104,7 +109,7 @@ def resolve(hub: HubId, kind: RepoKind = "model") -> str:
     if commit is None:
         download = f"hf download {hub.id}" + (" --repo-type dataset" if kind == "dataset" else "")
         todo = f"download it once with a network (`{download}`), or pin a commit: {hub.id}@<40 hex digits>"
-        raise UserError(str(hub), "cannot be resolved to a commit: no network, and no copy in the cache", todo)
+        raise Unreachable(str(hub), "cannot be resolved to a commit: no network, and no copy in the cache", todo)
     return commit
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from posttrain.errors import CheckpointError, StageError
 from posttrain.merging.adapter import EMBEDDINGS
-from posttrain.models.files import tensor_header, verify_adapter_files, verify_adapter_fits, verify_model_files
+from posttrain.models.files import tensor_header, verify_adapter_files, verify_adapter_fits, verify_weight_files
 from posttrain.models.lineage import Lineage, Quantization
 
 _WRAPPED = r".*\.(original_module|modules_to_save|token_adapter)(\..*)?"
@@ -53,7 +53,7 @@ def load_base(
     Raises:
         CheckpointError: files missing or damaged.
     """
-    verify_model_files(folder)
+    verify_weight_files(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     config._attn_implementation = attn_implementation  # a folder's own word for it could name a kernel to fetch
     options: dict[str, Any] = {

@@ -15,7 +15,7 @@ from posttrain.chat.templates import load_template
 from posttrain.errors import ChatError, UserError
 from posttrain.pipeline.inputs import Input, Inputs
 from posttrain.recipe.load import LoadedRecipe
-from posttrain.recipe.schema import AnyStage, Dpo, Merge, Pretrain, Sft
+from posttrain.recipe.schema import AnyStage, Dpo, Merge, Pretrain, Recipe, Sft
 from posttrain.recipe.trainer_lists import identity_of, resolve_trainer
 from posttrain.stages import KINDS
 from posttrain.stages.context import Job
@@ -44,10 +44,12 @@ def describe(loaded: LoadedRecipe, name: str, inputs: Inputs) -> Job:
 
     _refuse_secrets(loaded, name)
     config = stage.model_dump(mode="json", by_alias=True, exclude_none=True)
-    trainer = resolve_trainer(stage.kind, stage.trainer) if isinstance(stage, (Pretrain, Sft, Dpo)) else {}
     seed = recipe.seed if stage.seed is None else stage.seed
     by_content, resolved = _resolve(config, inputs, at)
     reads = {label: inputs.model(ref, at(*label.split(".", 1))) for label, ref in references(stage).items()}
+    trainer: dict[str, Any] = {}
+    if isinstance(stage, (Pretrain, Sft, Dpo)):
+        trainer = resolve_trainer(stage.kind, stage.trainer, trains_adapter(recipe, stage, inputs.recipe_dir))
     identity = {
         "kind": stage.kind,
         "version": KINDS[stage.kind].version,
@@ -84,6 +86,21 @@ def references(stage: AnyStage) -> dict[str, str]:
     given = stage.model_dump(include={"model", "models", "base_model", "report", "tokenizer"})
     found = {label: ref for label, ref in given.items() if isinstance(ref, str)}
     return found | {f"models.{column}": ref for column, ref in (given.get("models") or {}).items()}
+
+
+def trains_adapter(recipe: Recipe, stage: AnyStage, recipe_dir: Path) -> bool:
+    """Whether a stage leaves an adapter: by its method, or (dpo without one) because the model it starts from is one.
+
+    A hub id counts as a whole model until the stage has it.
+    """
+    if isinstance(stage, (Sft, Dpo)) and stage.method is not None:
+        return stage.method.kind != "full"
+    if not isinstance(stage, Dpo):
+        return False
+    if stage.model.startswith("@"):
+        parent = recipe.stages.get(stage.model[1:])
+        return parent is not None and trains_adapter(recipe, parent, recipe_dir)
+    return (recipe_dir / Path(stage.model).expanduser() / "adapter_config.json").is_file()
 
 
 def without_none(value: Any) -> Any:

@@ -14,9 +14,11 @@ from posttrain.data.files import source_files
 from posttrain.data.read import locate
 from posttrain.errors import CheckpointError, UserError
 from posttrain.models.files import files_of_model
-from posttrain.models.hub import HubId, StageRef, parse_reference, resolve
+from posttrain.models.hub import HubId, StageRef, Unreachable, parse_reference, resolve
 
 JOB, LOG = "job.json", "log.txt"
+UNKNOWN = "?"
+"""Stands for the commit of a hub id that was left open; no run is ever planned with it."""
 
 
 @dataclass(frozen=True)
@@ -28,19 +30,29 @@ class Input:
 
 
 class Pins:
-    """Commits that a run's unpinned hub ids were resolved to, once; the file lies in the run folder."""
+    """Commits that a run's unpinned hub ids were resolved to, once; the file lies in the run folder.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Attributes:
+        unreachable: what could not be resolved without a network, as "kind id"; only with `leave_open`.
+    """
+
+    def __init__(self, path: Path, leave_open: bool = False) -> None:
+        self.path, self.leave_open = path, leave_open
+        self.unreachable: list[str] = []
         self._known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         self._used: dict[str, str] = {}
 
     def commit(self, hub: HubId, kind: Literal["model", "dataset"]) -> str:
         """Returns the commit of a hub id: the pinned one, else what it means now."""
         key = f"{kind}:{hub}"
-        commit = self._known.get(key) or resolve(hub, kind)
-        self._used[key] = commit
-        return commit
+        try:
+            self._used[key] = self._known.get(key) or resolve(hub, kind)
+        except Unreachable:
+            if not self.leave_open:
+                raise
+            self.unreachable += [f"{kind} {hub}"] if f"{kind} {hub}" not in self.unreachable else []
+            return UNKNOWN
+        return self._used[key]
 
     def save(self) -> None:
         """Remembers what was resolved; the run folder must exist."""
@@ -120,8 +132,8 @@ class Inputs:
     def _commit(self, hub: HubId, kind: Literal["model", "dataset"], where: str) -> str:
         try:
             return self.pins.commit(hub, kind)
-        except UserError as error:
-            raise UserError(where, f"{error.where}: {error.found}", error.todo) from None
+        except UserError as error:  # of the same kind, with the place in the recipe before it
+            raise error.at(where) from None
 
     def _folder(self, folder: Path, where: str) -> dict[str, Any]:
         """Identity of a model or adapter folder: its files, and what its own record or base adds."""

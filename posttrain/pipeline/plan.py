@@ -97,6 +97,7 @@ def plan(
     until: str | None = None,
     verify: bool = False,
     other_versions: bool = False,
+    leave_open: bool = False,
 ) -> Plan:
     """Decides for each stage whether it runs, is skipped, or is refused.
 
@@ -106,6 +107,8 @@ def plan(
         until: last stage of interest.
         verify: recompute digests and compare the SHA-256 of finished files, not only their sizes.
         other_versions: resume checkpoints that other library versions wrote.
+        leave_open: hub ids that cannot be resolved without a network are listed in the plan's pins, not refused;
+            such a plan is for looking at alone.
 
     Raises:
         UserError: unknown stage names, inputs that do not exist.
@@ -115,7 +118,7 @@ def plan(
     for name in [*redo, *([until] if until else [])]:
         _known_stage(name, order)
     cache = DigestCache(run_dir.parent / ".cache" / "digests.json", verify)
-    inputs = Inputs(loaded.folder, run_dir, cache, Pins(run_dir / "revisions.json"), {})
+    inputs = Inputs(loaded.folder, run_dir, cache, Pins(run_dir / "revisions.json", leave_open), {})
     jobs: list[Job] = []
     for name in order:
         jobs.append(describe(loaded, name, inputs))

@@ -194,7 +194,7 @@ def _check_tokens(folder: Path, template: ChatTemplate, config: dict[str, Any], 
         end_of_turn(tokenizer, template)
         check_beginning(tokenizer, template)
     except ChatError as error:
-        raise ChatError(where, f"{error.where}: {error.found}", error.todo) from None
+        raise error.at(where) from None
     rows = config.get("vocab_size")
     outside = [f"{text} ({token})" for text, token in control_tokens(tokenizer, template) if rows and token >= rows]
     if outside:

@@ -29,23 +29,32 @@ def stream(seed: int, *path: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *path])))
 
 
-def epoch_rows(shares: list[Share], seed: int, epoch: int) -> np.ndarray:
-    """Draws the rows of one epoch, in training order.
+def rows_drawn(share: Share, number: int, seed: int, epoch: int) -> np.ndarray:
+    """Draws the rows that one epoch takes from source `number`, not yet shuffled: [wanted] int64.
 
     Whole copies of a source come first, the rest is a window over a fixed permutation that moves on with
     every epoch: a source at weight 0.5 is seen exactly once in two epochs.
+    """
+    if not share.available:
+        return np.empty(0, dtype=np.int64)
+    whole, rest = divmod(share.wanted, share.available)
+    copies = np.tile(np.arange(share.available, dtype=np.int64), whole)
+    if not rest:
+        return copies
+    permutation = stream(seed, 1, number).permutation(share.available)
+    return np.concatenate([copies, permutation[(np.arange(rest) + epoch * rest) % share.available]])
+
+
+def epoch_rows(shares: list[Share], seed: int, epoch: int) -> np.ndarray:
+    """Draws the rows of one epoch, in training order, see `rows_drawn`.
 
     Returns:
         [sum(wanted), 2] int64: source index and row index within the source.
     """
-    drawn = []
-    for number, share in enumerate(shares):
-        if not share.available:
-            continue
-        whole, rest = divmod(share.wanted, share.available)
-        permutation = stream(seed, 1, number).permutation(share.available)
-        window = permutation[(np.arange(rest) + epoch * rest) % share.available]
-        rows = np.concatenate([np.tile(np.arange(share.available), whole), window]).astype(np.int64)
-        drawn.append(np.stack([np.full(len(rows), number, dtype=np.int64), rows], axis=1))
-    everything = np.concatenate(drawn) if drawn else np.empty((0, 2), dtype=np.int64)
-    return everything[stream(seed, 2, epoch).permutation(len(everything))]
+    drawn = [rows_drawn(share, number, seed, epoch) for number, share in enumerate(shares)]
+    sizes = [len(rows) for rows in drawn]
+    order = stream(seed, 2, epoch).permutation(sum(sizes))
+    items = np.empty((len(order), 2), dtype=np.int64)
+    items[:, 0] = np.repeat(np.arange(len(sizes)), sizes)[order]
+    items[:, 1] = (np.concatenate(drawn) if drawn else order)[order]
+    return items

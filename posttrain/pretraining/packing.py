@@ -39,7 +39,9 @@ def pack_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def cut_step(lengths: list[int], row_tokens: int, tokens: int, documents: int | None = None) -> list[list[list[int]]]:
+def cut_step(
+    lengths: list[int], row_tokens: int, tokens: int, documents: int | None = None, one_row: bool = False
+) -> list[list[list[int]]]:
     """Cuts the documents of one optimizer step into pieces that each fit one forward pass.
 
     Args:
@@ -47,6 +49,7 @@ def cut_step(lengths: list[int], row_tokens: int, tokens: int, documents: int | 
         row_tokens: capacity of a packed row; raised to the longest document.
         tokens: most tokens of a piece, padding included; one row may exceed it where it has to.
         documents: most documents of a piece.
+        one_row: never two rows in a piece.
 
     Returns:
         Pieces -> packed rows -> document indices. Longest rows first, so that a lack of memory shows
@@ -64,7 +67,7 @@ def cut_step(lengths: list[int], row_tokens: int, tokens: int, documents: int | 
         piece = pieces[-1] if pieces else []
         wide = (len(piece) + 1) * widths[piece[0][0]] if piece else 0  # the first row of a piece is its longest
         many = sum(map(len, piece)) + len(row)
-        if piece and wide <= tokens and (documents is None or many <= documents):
+        if piece and not one_row and wide <= tokens and (documents is None or many <= documents):
             piece.append(row)
         else:
             pieces.append([row])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,24 +40,50 @@ def make_row(ids: Iterable[int], labels: Iterable[int]) -> Row:
     return Row(ids_T, labels_T, np.arange(len(ids_T), dtype=np.int32))
 
 
-def wrap(documents: list[Row], length: int) -> tuple[list[Row], list[list[int]]]:
-    """Cuts one long stream of documents into rows of `length` tokens; only the last may be shorter.
+@dataclass(frozen=True)
+class Stream:
+    """Documents laid end to end and cut into rows of one length; only the last may be shorter.
 
     A document that is cut goes on in the next row at position 0, so rows can be read in any order.
+    """
+
+    ends: np.ndarray
+    """[documents] int64: where each ends in the stream; none is empty."""
+    length: int
+
+    def __len__(self) -> int:
+        return -(-int(self.ends[-1]) // self.length) if len(self.ends) else 0
+
+    def documents(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The first and the last document [rows] of which each row holds a part."""
+        last = np.minimum((rows + 1) * self.length, self.ends[-1]) - 1
+        return (
+            np.searchsorted(self.ends, rows * self.length, side="right"),
+            np.searchsorted(self.ends, last, side="right"),
+        )
+
+    def row(self, number: int, document: Callable[[int], Row]) -> Row:
+        """Cuts one row; `document` gives the documents of the stream by their place."""
+        begin = number * self.length
+        first, last = (int(found[0]) for found in self.documents(np.array([number])))
+        parts = []
+        for place in range(first, last + 1):
+            whole = document(place)
+            start = int(self.ends[place]) - len(whole)
+            part = slice(max(begin - start, 0), begin + self.length - start)
+            parts.append((whole.ids[part], whole.labels[part]))
+        ids, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+        positions = np.concatenate([np.arange(len(part), dtype=np.int32) for part, _ in parts])
+        return Row(ids, np.where(positions == 0, IGNORE, labels).astype(np.int32), positions)
+
+
+def wrap(documents: list[Row], length: int) -> tuple[list[Row], list[list[int]]]:
+    """Cuts one long stream of documents into rows of `length` tokens, see `Stream`.
 
     Returns:
         The rows, and for each row the indices of the documents it holds.
     """
-    ids = np.concatenate([document.ids for document in documents])
-    labels = np.concatenate([document.labels for document in documents])
-    owners = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
-    rows, members = [], []
-    for start in range(0, len(ids), length):
-        part = slice(start, start + length)
-        owner_T = owners[part]
-        new_document = np.flatnonzero(np.diff(owner_T, prepend=-1))
-        positions = np.arange(len(owner_T)) - np.repeat(new_document, np.diff(new_document, append=len(owner_T)))
-        labels_T = np.where(positions == 0, IGNORE, labels[part]).astype(np.int32)
-        rows.append(Row(ids[part], labels_T, positions.astype(np.int32)))
-        members.append([int(owner) for owner in owner_T[new_document]])
-    return rows, members
+    stream = Stream(np.cumsum([len(document) for document in documents]), length)
+    first, last = stream.documents(np.arange(len(stream)))
+    members = [list(range(a, b + 1)) for a, b in zip(first.tolist(), last.tolist(), strict=True)]
+    return [stream.row(number, documents.__getitem__) for number in range(len(stream))], members

@@ -153,7 +153,7 @@ def check_runtime(tree: Mapping[str, Any], stages: Mapping[str, Stage]) -> Itera
 def _check_cuts(path: KeyPath, own: Mapping[str, Any], merged: Mapping[str, Any]) -> Iterator[Problem]:
     """Yields two ways of cutting a step given together, where the `own` settings of this place had a part in it."""
     keys = ("micro_batch_tokens", "micro_batch_size")
-    given = [key for key in keys if own.get(key) is not None]
-    if given and all(merged.get(key) is not None for key in keys):
+    given = [key for key in keys if own.get(key) not in (None, "auto")]
+    if given and all(merged.get(key) not in (None, "auto") for key in keys):
         todo = "keep one of them" if len(given) == 2 else "set the other, from the recipe's runtime, to null here"
         yield Problem((*path, given[-1]), "micro_batch_tokens and micro_batch_size are both given", todo)

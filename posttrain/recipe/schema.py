@@ -10,10 +10,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_serializer, model_validator
 from pydantic.functional_serializers import SerializerFunctionWrapHandler
 
 from posttrain.recipe.schema_parts import Certificate, Json, Model, ModelInit, Snapshots, TokenizerTraining
+
+_NumberOrAuto = Annotated[
+    Annotated[int, Field(ge=1)] | None,
+    BeforeValidator(lambda value: None if value == "auto" else value),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}, {"type": "null"}]}),
+]
+"""`auto` and absent are the same: the stage chooses."""
 
 
 class Runtime(Model):
@@ -27,14 +34,20 @@ class Runtime(Model):
     """Machines of the stage."""
     accelerate_config: str | None = None
     """Path or bare name (`recipes/accelerate/NAME.yaml`) of an Accelerate config."""
-    micro_batch_tokens: int | None = Field(default=None, ge=1)
-    """Most tokens in one forward pass; cuts an optimizer step into pieces."""
-    micro_batch_size: int | None = Field(default=None, ge=1)
-    """Most rows (documents or pairs) in one forward pass."""
-    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
-    """Attention backend; `auto` takes sdpa."""
+    micro_batch_tokens: _NumberOrAuto = None
+    """Most tokens in one forward pass; cuts an optimizer step into pieces. `auto` (default): what the device fits."""
+    micro_batch_size: _NumberOrAuto = None
+    """Most rows (documents or pairs) in one forward pass. `auto` (default): as many as the tokens allow."""
+    attn_implementation: Literal[
+        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = "auto"
+    """Attention backend; `auto` takes the fastest that is installed and keeps packed documents apart."""
+    share_prefix: Literal["auto", "on", "off"] = "auto"
+    """dpo: run what both sequences of a pair begin with once. `auto`: where it is proven exact and saves enough."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch in the stage."""
+    dataset_num_proc: int | None = Field(default=None, ge=1)
+    """Processes that tokenise rows. Default: one for each CPU there is, and none beside the stage's for few rows."""
     report_to: list[str] = []
     """Experiment trackers that transformers knows: tensorboard, wandb, mlflow, trackio…"""
 
@@ -303,7 +316,14 @@ class Suite(Model):
     max_new_tokens: int = Field(default=64, ge=1)
     prompt_field: str = "prompt"
     """Row field with the question (a string, or messages)."""
+    system: Literal["keep", "fold"] | None = None
+    """As in `data`: `fold` puts system text before the user's next text. Default: keep (preference, generate)."""
     checks: list[Check] = []
+
+    @field_validator("system")
+    @classmethod
+    def _default_is_absent(cls, value: str | None) -> str | None:
+        return None if value == "keep" else value
 
 
 class Gate(Model):

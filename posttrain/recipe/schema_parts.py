@@ -74,3 +74,5 @@ class Certificate(Model):
     """Share of tokens with the same most probable next one; default by dtype and base."""
     min_delta_cosine: float | None = Field(default=None, ge=0, le=1)
     """Between any tensor's change before and after rounding; not limited by default."""
+    max_share_off: float | None = Field(default=None, ge=0, le=1)
+    """Of any tensor's numbers, those that are not the ones in use, rounded; 0 by default."""

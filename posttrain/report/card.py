@@ -229,11 +229,20 @@ def _machine(records: Sequence[Record]) -> list[str]:
     lines += [f"- {key}: {newest[key]}" for key in ("python", "platform", "gpu", "cpus") if newest.get(key)]
     seconds = sum(record.provenance.get("seconds", 0) for record in records)
     lines.append(f"- time of all stages: {seconds:.0f} s")
+    lines += [_memory(record) for record in records if record.summary.get("metrics", {}).get("memory")]
     for key in _ENERGY:
         known = [record.provenance[key] for record in records if key in record.provenance]
         if known:
             lines.append(f"- {key}: {sum(known):.1f}, in {len(known)} of {len(records)} stages")
     return lines
+
+
+def _memory(record: Record) -> str:
+    """Peak GPU memory of a training stage, measured and as it was predicted before the run."""
+    memory = record.summary["metrics"]["memory"]
+    figures = [(memory.get(f"{name}_bytes"), name) for name in ("measured", "predicted")]
+    told = [f"{size / 2**30:.2f} GiB {name}" for size, name in figures if size is not None]
+    return f"- peak memory of {record.stage}: {', '.join(told) or 'not measured'}"
 
 
 def _limitations(card: Card) -> list[str]:

@@ -28,7 +28,7 @@ from posttrain.artifact import Artifact, Record, describe_files, publish_folder,
 from posttrain.errors import Interrupted, PosttrainError, StageError
 from posttrain.recipe.schema import AnyStage, Runtime
 from posttrain.stages import KINDS
-from posttrain.stages.context import Context, Events, Job, ModelInput, Summary
+from posttrain.stages.context import Clock, Context, Events, Job, ModelInput, Summary
 from posttrain.stages.fork_server import FLAG, serve
 from posttrain.stages.provenance import provenance
 
@@ -151,7 +151,7 @@ def read_job(path: Path) -> Job:
         raise StageError(str(path), f"not a job file ({error})", "start stages with `posttrain run`") from None
 
 
-def context_of(job: Job, folder: Path, events: Events, stop: Stop) -> Context:
+def context_of(job: Job, folder: Path, events: Events, stop: Stop, clock: Clock | None = None) -> Context:
     """Turns a job's plain values into what a stage works with."""
     inputs = {}
     for label, given in job.inputs.items():
@@ -171,21 +171,26 @@ def context_of(job: Job, folder: Path, events: Events, stop: Stop) -> Context:
         fingerprint=job.fingerprint,
         events=events,
         should_stop=stop,
+        clock=clock or Clock(),
     )
 
 
 def complete(job: Job, folder: Path, events: Events, stop: Stop, started: float) -> None:
     """Runs the stage in its partial folder, writes the record and gives the folder its final name."""
+    clock = Clock()
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink()  # of a process that was killed while it wrote
     kind = KINDS[job.kind]
     config = TypeAdapter(AnyStage).validate_json(json.dumps(job.config))
     events("phase", text="starting")
     module = importlib.import_module(kind.module)
-    summary: Summary = module.run(config, context_of(job, folder, events, stop))
+    summary: Summary = module.run(config, context_of(job, folder, events, stop, clock))
     if os.environ.get("RANK", "0") != "0":
         return
     events("phase", text="recording")
+    clock.enter("recording")
+    known = {name: seen for name, seen in summary.digests.items() if name in summary.files}
+    files = known | describe_files(folder, (name for name in summary.files if name not in known))
     record = Record(
         stage=job.stage,
         kind=job.kind,
@@ -194,7 +199,7 @@ def complete(job: Job, folder: Path, events: Events, stop: Stop, started: float)
         identity=job.identity,
         inputs=job.spelled_inputs(),
         lineage=summary.lineage,
-        files=describe_files(folder, summary.files),
+        files=files,
         summary={
             "headline": summary.headline,
             "metrics": summary.metrics,
@@ -202,7 +207,7 @@ def complete(job: Job, folder: Path, events: Events, stop: Stop, started: float)
             "failed": summary.failed,
         },
         ledger=summary.ledger,
-        provenance=provenance(started, time.time()),
+        provenance={"parts": clock.parts(), **provenance(started, time.time())},
     )
     _kill_at(job.stage, "before_record")
     write_record(folder, record)

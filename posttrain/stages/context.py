@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from posttrain.artifact import Artifact
 from posttrain.recipe.schema import Runtime
+
+Part = Literal[
+    "start",  # imports, of those that the process had not done before
+    "data",  # tokenizer and template, reading, tokenising, ledger
+    "loading",  # model, adapter, trainer
+    "proofs",  # isolation of packed documents, DPO step 0, a merge's base
+    "reference",  # DPO reference log-probs
+    "training",  # the loop, with its set-up and checkpoints
+    "generation",
+    "scoring",  # of given texts: bits per byte, preferred answers
+    "merging",
+    "certificate",
+    "saving",  # and reading back what was saved
+    "recording",  # hashing the outputs
+]
+"""What a stage spends its time on."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,29 @@ class Events:
             self._descriptor = None
 
 
+class Clock:
+    """Adds up what each part of a stage's work took; one part goes on until the next begins."""
+
+    def __init__(self) -> None:
+        self._spent: dict[Part, tuple[float, float]] = {}
+        self._part: Part = "start"
+        self._since = (time.monotonic(), time.process_time())
+
+    def enter(self, part: Part) -> None:
+        """From now on the time is this part's."""
+        now = (time.monotonic(), time.process_time())
+        wall, cpu = self._spent.get(self._part, (0.0, 0.0))
+        self._spent[self._part] = (wall + now[0] - self._since[0], cpu + now[1] - self._since[1])
+        self._part, self._since = part, now
+
+    def parts(self) -> dict[str, dict[str, float]]:
+        """Part -> `seconds` and this process's `cpu_seconds` (all threads) so far, in the order they began."""
+        self.enter(self._part)
+        return {
+            part: {"seconds": round(wall, 3), "cpu_seconds": round(cpu, 3)} for part, (wall, cpu) in self._spent.items()
+        }
+
+
 @dataclass(frozen=True)
 class Context:
     """Everything a stage needs besides its own settings."""
@@ -104,6 +144,7 @@ class Context:
     events: Events
     should_stop: Callable[[], bool]
     """True once the stage was asked to checkpoint and exit (signal, or its parent died)."""
+    clock: Clock = field(default_factory=Clock)
 
 
 @dataclass(frozen=True)
@@ -114,6 +155,8 @@ class Summary:
     """One line for people: the figures that matter."""
     files: list[str]
     """Relative paths of the outputs, to be hashed into the record."""
+    digests: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """{"sha256", "bytes"} of those of them that were hashed while they were written, and read back."""
     metrics: dict[str, Any] = field(default_factory=dict)
     lineage: dict[str, Any] | None = None
     ledger: dict[str, Any] | None = None

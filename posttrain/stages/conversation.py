@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from posttrain.chat.contract import (
     required_tokens_missing,
 )
 from posttrain.chat.templates import ChatTemplate, choose_template
-from posttrain.chat.tokenizer import load_any_tokenizer
+from posttrain.chat.tokenizer import load_any_tokenizer, tokenizer_digest
 from posttrain.errors import ChatError
 from posttrain.models.lineage import Lineage
 from posttrain.stages.context import Context
@@ -35,6 +36,16 @@ class Chat:
     def control_ids(self) -> list[int]:
         """Ids of the control tokens that the template writes."""
         return sorted({token for _, token in control_tokens(self.tokenizer, self.template)})
+
+    def decides(self) -> dict[str, str]:
+        """What decides the tokens of a conversation: the tokenizer, and the template with its marks."""
+        dated = "strftime_now" in self.template.source
+        return {
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "template": self.template.source,
+            "marks": self.template.facts.marks,
+            "date": date.today().isoformat() if dated else "",
+        }
 
     def as_dict(self) -> dict[str, str]:
         """What a stage's record says of it: template and digest, end of turn, and how answers are found."""

@@ -8,58 +8,60 @@ from typing import Any
 import numpy as np
 import torch
 
+from posttrain.artifact import Artifact
 from posttrain.certify.reference import loss_at_zero, step_zero_problems
-from posttrain.chat.render import render_pair
+from posttrain.chat.render import render_pairs
 from posttrain.chat.system import fold_system
-from posttrain.data.rows import PairRow
+from posttrain.data.rows import Message, PairRow
 from posttrain.errors import ChatError, Interrupted, StageError
-from posttrain.models.attention import check_isolation
-from posttrain.models.lineage import lineage_of
+from posttrain.models.lineage import Lineage, lineage_of
 from posttrain.models.load import DTYPE_NAMES
+from posttrain.pretraining.loop import Step
 from posttrain.pretraining.rows import IGNORE
 from posttrain.recipe.schema import Data, Dpo
 from posttrain.stages.context import Context, Summary
 from posttrain.stages.conversation import Chat, open_chat, settle
+from posttrain.stages.fitting import fit_dpo
 from posttrain.stages.outputs import model_files, write_ledger, write_probes
-from posttrain.stages.parents import resolve_method
-from posttrain.stages.prepare import Prepared, Refused, Schedule, Tokenised, prepare, schedule_rows
-from posttrain.stages.run_loop import run_loop, stage_arguments, training_metrics
-from posttrain.stages.setup import Machine, assert_trainable, model_folder, set_up
-from posttrain.stages.sft import prove_saved, save_policy
+from posttrain.stages.parents import model_folder, resolve_method
+from posttrain.stages.prepare import Conversion, Prepared, Refused, Tokenised, prepare
+from posttrain.stages.run_loop import run_loop, training_metrics
+from posttrain.stages.schedule import Schedule, schedule_rows
+from posttrain.stages.setup import Machine, assert_trainable, set_up
+from posttrain.stages.sft import last_trained_ids, prove_saved, save_policy
 from posttrain.stages.trainable import Policy, load_trainable
-from posttrain.training.dpo import SpineDpoTrainer, build_dpo_trainer, dpo_step
-from posttrain.training.limits import Limits, piece_limits
+from posttrain.training.dpo import SpineDpoTrainer
+from posttrain.training.limits import Limits
 from posttrain.training.pairs import Pair, pad_pairs
 from posttrain.training.reference import reference_key, reference_logps
 
 
 def run(config: Dpo, context: Context) -> Summary:
     """Trains on preference pairs; aborts before the first step when policy and reference are not the same."""
+    context.clock.enter("data")
     machine = set_up(context)
     given = context.inputs["model"]
     parents = lineage_of(model_folder(given), given.ref)
     method = resolve_method(config.method, parents, context.stage)
     chat = open_chat(parents, config.chat_template, context)
-    prepared = prepare(config.data, context, "pair", lambda rows: tokenise(rows, chat, config.data), prompt_of)
+    prepared = prepare(config.data, context, conversion(chat, config.data))
     schedule = schedule_rows(prepared, context.trainer, context.seed)
     write_ledger(context.folder, prepared.ledger)
     context.events("phase", text="loading the model")
+    context.clock.enter("loading")
     policy = load_trainable(parents, method, machine, context, [], chat.tokenizer.get_vocab())
     settle(chat, policy.model, context)
     trained, total = assert_trainable(policy.model, context.stage)
-    check_isolation(policy.model, len(chat.tokenizer))
-    limits = piece_limits(machine.device, context.runtime.micro_batch_tokens, context.runtime.micro_batch_size)
-    trainer = build_dpo_trainer(
-        policy.model, chat.tokenizer, stage_arguments(context, machine, schedule.steps), limits.row_tokens
-    )
+    fitted, sharing, cut = fit_dpo(policy, chat.tokenizer, machine, context, prepared.every, schedule.steps)
+    trainer, limits = fitted.trainer, fitted.trial.limits
+    context.clock.enter("reference")
     references = _references(trainer, prepared, chat, policy, limits, machine, context)
-    losses, pad = list(trainer.loss_types), chat.tokenizer.pad_token_id
 
-    def make_step(step: int) -> Any:
-        pairs, known = _with_references(schedule, prepared, references, step)
-        return dpo_step(pairs, known, pad, limits.tokens, limits.documents, losses)
+    def make_step(step: int) -> Step:
+        return cut(*_with_references(schedule, prepared, references, step))
 
-    proof = _prove_step_zero(trainer, schedule, prepared, references, make_step, pad, context)
+    context.clock.enter("proofs")
+    proof = _prove_step_zero(trainer, schedule, prepared, references, make_step, chat.tokenizer.pad_token_id, context)
     result = run_loop(
         trainer,
         context,
@@ -70,37 +72,52 @@ def run(config: Dpo, context: Context) -> Summary:
         lambda folder: save_policy(policy, chat, machine, folder),
     )
     context.events("phase", text="saving")
+    context.clock.enter("saving")
     save_policy(policy, chat, machine, context.folder)
-    last_ids = {int(pair.chosen[-1]) for rows in prepared.rows for pair in rows}
-    prove_saved(policy, chat, context.folder, last_ids)
+    prove_saved(policy, chat, context.folder, last_trained_ids(prepared))
     write_probes(context.folder, prepared, _chosen)
+    figures = {"step_zero": proof, "chat": chat.as_dict(), "pairs": sharing.as_dict()}
     return Summary(
         headline=f"{policy.kind}: {result.steps} steps, loss {result.first_loss:.3f} -> {result.last_loss:.3f}",
         files=model_files(context.folder),
-        metrics=training_metrics(result, trained, total, {"step_zero": proof, "chat": chat.as_dict()}),
+        metrics=training_metrics(result, trained, total, figures | fitted.metrics()),
         lineage=policy.lineage_after(context),
         ledger=prepared.ledger.as_dict(),
     )
 
 
-def tokenise(rows: list[PairRow], chat: Chat, data: Data) -> Iterator[Tokenised[Pair] | Refused]:
+def conversion(chat: Chat, data: Data) -> Conversion[Pair]:
+    """How this stage makes tokens of pairs."""
+    decides = {
+        **chat.decides(),
+        **data.model_dump(include={"max_length", "long_rows", "system"}, exclude_none=True),
+    }
+    return Conversion("pair", lambda rows: tokenise(rows, chat, data), _stored_pair, decides)
+
+
+def _stored_pair(ids: np.ndarray, cuts: np.ndarray) -> Pair:
+    prompt, chosen = cuts.tolist()
+    return Pair(ids[:prompt], ids[prompt:chosen], ids[chosen:])
+
+
+def tokenise(rows: list[PairRow], chat: Chat, data: Data) -> Iterator[Tokenised | Refused]:
     """Renders pairs; an answer that goes beyond `max_length` is cut at its end, or the pair is refused.
 
     Raises:
         ChatError: naming file and row of a pair that the template cannot take.
     """
-    for row in rows:
-        try:
-            prompt = fold_system(row.prompt) if data.system == "fold" else row.prompt
-            parts = render_pair(chat.tokenizer, chat.template, prompt, row.chosen, row.rejected, row.tools)
-        except ChatError as error:
-            raise ChatError(str(row.origin), f"{error.where}: {error.found}", error.todo) from None
+    pairs = ((_prompt(row, data), row.chosen, row.rejected, row.tools) for row in rows)
+    for row, parts in zip(rows, render_pairs(chat.tokenizer, chat.template, pairs), strict=True):
+        if isinstance(parts, ChatError):
+            raise parts.at(str(row.origin))
         yield _fit_pair(parts, data.max_length, data.long_rows == "truncate")
 
 
-def prompt_of(pair: Pair) -> bytes:
-    """Pairs of one prompt are held out together."""
-    return pair.prompt.tobytes()
+def _prompt(row: PairRow, data: Data) -> list[Message]:
+    try:
+        return fold_system(row.prompt) if data.system == "fold" else row.prompt
+    except ChatError as error:
+        raise error.at(str(row.origin)) from None
 
 
 def _chosen(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
@@ -109,19 +126,19 @@ def _chosen(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([pair.prompt, pair.chosen]), labels
 
 
-def _fit_pair(parts: tuple[list[int], list[int], list[int]], limit: int, cut: bool) -> Tokenised[Pair] | Refused:
-    prompt, chosen, rejected = (np.asarray(part, dtype=np.int32) for part in parts)
+def _fit_pair(parts: tuple[list[int], list[int], list[int]], limit: int, cut: bool) -> Tokenised | Refused:
+    prompt, chosen, rejected = parts
     tokens = len(prompt) + len(chosen) + len(rejected)
     room = limit - len(prompt)
     if room < 1:
         return Refused("the prompt fills max_length", tokens)
     if max(len(chosen), len(rejected)) > room and not cut:
         return Refused("longer than max_length", tokens)
-    pair = Pair(prompt, chosen[:room], rejected[:room])
-    if np.array_equal(pair.chosen, pair.rejected):
-        same = np.array_equal(chosen, rejected)
-        return Refused("both answers are the same tokens" if same else "both answers are the same once cut", tokens)
-    return Tokenised(pair, pair.supervised, len(prompt), tokens - len(prompt) - pair.supervised)
+    better, worse = chosen[:room], rejected[:room]
+    if better == worse:
+        return Refused(f"both answers are the same {'tokens' if chosen == rejected else 'once cut'}", tokens)
+    ends, supervised = (len(prompt), len(prompt) + len(better)), len(better) + len(worse)
+    return Tokenised(prompt + better + worse, ends, supervised, tokens - len(prompt) - supervised)
 
 
 def _references(
@@ -134,13 +151,15 @@ def _references(
     context: Context,
 ) -> list[torch.Tensor]:
     """Reference log-probs of every pair, per source [n, 2], from the cache of the run or computed now."""
-    pairs = [pair for rows in prepared.rows for pair in rows]
+    pairs = prepared.every
     described = {
         "model": context.identity["model"],
+        "weights": _weights(policy.parents),
         "method": policy.kind,
         "quantization": str(policy.quantization),
         "precision": context.precision,
-        "attention": machine.attn_implementation,
+        "attention": trainer.model.config._attn_implementation,
+        "layout": "shared_prefix" if trainer.shares else "packed",
         "device": machine.device,
         "ld_alpha": context.trainer.get("ld_alpha"),
     }
@@ -151,6 +170,16 @@ def _references(
     if table.isnan().any():
         raise Interrupted("reference log-probs", "stopped as asked; what is done is kept", "rerun the same command")
     return list(table.split([len(rows) for rows in prepared.rows]))
+
+
+def _weights(parents: Lineage) -> list[dict[str, str]]:
+    """Digests of the weights under the policy: a stage that ran again may have left other bytes of one identity."""
+    found = [Artifact.read(link.folder) for link in (parents.base, *parents.adapters)]
+    return [
+        {name: entry["sha256"] for name, entry in artifact.record.files.items() if name.endswith(".safetensors")}
+        for artifact in found
+        if artifact is not None
+    ]
 
 
 def _with_references(

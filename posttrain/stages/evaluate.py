@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,22 @@ from transformers.utils import logging as transformers_logging
 
 from posttrain.artifact import write_atomically
 from posttrain.chat.contract import end_of_turn
+from posttrain.chat.system import fold_system
 from posttrain.chat.templates import ChatTemplate, load_template, read_folder_template
 from posttrain.chat.tokenizer import load_any_tokenizer
 from posttrain.data.read import read_source
+from posttrain.data.rows import PairRow
 from posttrain.errors import ChatError, UserError
 from posttrain.evaluation.gates import GateRule, check_gates, judge
-from posttrain.evaluation.questions import CheckRule, check_rules, read_questions
+from posttrain.evaluation.questions import CheckRule, Question, check_rules, read_questions
 from posttrain.evaluation.suites import RowScore, Suite, Talker, score, table
 from posttrain.models.lineage import lineage_of
 from posttrain.models.load import load_policy
 from posttrain.recipe import schema
 from posttrain.report.markdown import console_table, headline, report_page
 from posttrain.stages.context import Context, Summary
-from posttrain.stages.setup import Machine, model_folder, set_up
+from posttrain.stages.parents import model_folder
+from posttrain.stages.setup import Machine, set_up
 from posttrain.stages.sources import WANTED, source_spec
 
 SAMPLES = 8
@@ -43,6 +47,7 @@ def run(config: schema.Evaluate, context: Context) -> Summary:
         UserError: a suite, check or gate that cannot work, or rows that cannot be read.
         CheckpointError: a model folder that does not load, or an adapter without a record of ours (merge it first).
     """
+    context.clock.enter("data")
     transformers_logging.disable_progress_bar()
     machine = set_up(context)
     _check_names(config)
@@ -53,15 +58,18 @@ def run(config: schema.Evaluate, context: Context) -> Summary:
     scores: dict[str, Scores] = {suite.name: {} for suite in suites}
     templates: dict[str, ChatTemplate | None] = {}
     for name in config.models:
+        context.clock.enter("loading")
         talker = _talker(name, config, context, machine)
         templates[name] = talker.template
         for suite in suites:
             context.events("phase", text=f"{name}: {suite.name} ({len(suite.rows)} rows)")
+            context.clock.enter("generation" if suite.kind == "generate" else "scoring")
             scores[suite.name][name] = score(suite, talker)
         del talker
         _free_memory()
 
     context.events("phase", text="intervals and report")
+    context.clock.enter("saving")
     report = make_report(list(config.models), suites, scores, gates, context.seed)
     report["notes"] += [*notes, *_template_notes(templates)]
     report["certificates"] = _certificates(config, context)
@@ -79,6 +87,8 @@ def _check_names(config: schema.Evaluate) -> None:
             raise UserError(where, f"{suite.name!r} cannot name a file", "use letters, digits, `.`, `_`, `-`")
         if suite.name in names[:number]:
             raise UserError(where, f"a second suite named {suite.name}", "give each suite its own name")
+        if suite.system == "fold" and suite.kind == "bits_per_byte":
+            raise UserError(f"suites[{number}].system", "bits_per_byte reads plain text", "remove it")
         check_rules(suite.name, _rules(suite))
 
 
@@ -106,8 +116,20 @@ def _read_suites(config: schema.Evaluate, context: Context) -> tuple[list[Suite]
         rules: Sequence[CheckRule] = _rules(given)
         if given.kind == "generate":
             rows, rules = read_questions(rows, given.prompt_field, rules)
+        if given.system == "fold":
+            rows = [_folded(row) for row in rows]
         suites.append(Suite(given.name, given.kind, rows, given.max_length, given.max_new_tokens, tuple(rules)))
     return suites, notes
+
+
+def _folded(row: PairRow | Question) -> PairRow | Question:
+    """A row with its system text in the user's next text; names it where that cannot be."""
+    try:
+        if isinstance(row, PairRow):
+            return replace(row, prompt=fold_system(row.prompt))
+        return replace(row, messages=fold_system(row.messages))
+    except ChatError as error:
+        raise error.at(str(row.origin)) from None
 
 
 def _talker(name: str, config: schema.Evaluate, context: Context, machine: Machine) -> Talker:

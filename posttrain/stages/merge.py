@@ -14,20 +14,23 @@ from posttrain.certify.handoff import Output, Report, combine_certified, merge_c
 from posttrain.certify.probes import FILE, Probes, join_probes, read_probes, save_probes
 from posttrain.errors import RecipeError
 from posttrain.merging.methods import Method
-from posttrain.models.files import verify_adapter_files, verify_adapter_fits, verify_model_files
+from posttrain.models.files import verify_adapter_files, verify_adapter_fits, verify_weight_files
 from posttrain.models.lineage import Lineage, Link, lineage_of
 from posttrain.models.load import DTYPE_NAMES
 from posttrain.recipe.schema import Merge
 from posttrain.report.certificate import certificate_page
 from posttrain.stages.context import Context, Summary
 from posttrain.stages.outputs import model_files
-from posttrain.stages.setup import Machine, model_folder, set_up
+from posttrain.stages.parents import model_folder
+from posttrain.stages.setup import Machine, set_up
 
+_MERGING = ("merging", "combining", "writing the base")  # how the lines begin that do not tell of the certificate
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def run(config: Merge, context: Context) -> Summary:
     """Merges in fp32 with one rounding, then compares the files with the adapters in use."""
+    context.clock.enter("proofs")
     names = ["model"] if config.model is not None else [f"models.{name}" for name in config.models]
     lineages = [_lineage(name, context) for name in names]
     machine = set_up(context)
@@ -42,6 +45,7 @@ def run(config: Merge, context: Context) -> Summary:
 
     def say(text: str) -> None:
         context.events("phase", text=text)
+        context.clock.enter("merging" if text.startswith(_MERGING) else "certificate")
         print(text, flush=True)
 
     report: Report
@@ -66,7 +70,7 @@ def _lineage(label: str, context: Context) -> Lineage:
     """What an input stands on, its files proved whole."""
     given = context.inputs[label]
     lineage = lineage_of(model_folder(given), given.ref)
-    verify_model_files(lineage.base.folder)
+    verify_weight_files(lineage.base.folder)
     for link in lineage.adapters:
         verify_adapter_files(link.folder)
         verify_adapter_fits(link.folder, lineage.base.folder)
@@ -100,9 +104,7 @@ def _comparison(config: Merge, machine: Machine, probes: Probes | None) -> Compa
     if probes is None:
         return None
     asked: dict[str, Any] = config.certificate.model_dump(exclude={"mode"})
-    return Comparison(
-        probes, machine.dtype, machine.device, machine.attn_implementation, config.certificate.mode, Limits(**asked)
-    )
+    return Comparison(probes, machine.device, machine.attn_implementation, config.certificate.mode, Limits(**asked))
 
 
 def _summary(report: Report, certificate: Certificate, lineages: list[Lineage], context: Context) -> Summary:
@@ -118,6 +120,7 @@ def _summary(report: Report, certificate: Certificate, lineages: list[Lineage], 
     return Summary(
         headline=f"{what} into the {certificate.base['mode']} base, {report.dtype}: {found}",
         files=model_files(context.folder),
+        digests=certificate.files,
         metrics={
             "adapters": sum(len(lineage.adapters) for lineage in lineages),
             "base": certificate.base,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from posttrain.merging.checkpoint import open_checkpoint
 from posttrain.merging.extract import extract
 from posttrain.merging.methods import Method, check_method
 from posttrain.merging.writer import check_space
-from posttrain.models.files import read_json, verify_adapter_files, verify_adapter_fits, verify_model_files
+from posttrain.models.files import read_json, verify_adapter_files, verify_adapter_fits, verify_weight_files
 from posttrain.models.hub import HubId, StageRef, fetch_model, parse_reference, resolve
 from posttrain.models.lineage import Lineage, Link, lineage_of
 from posttrain.report.certificate import certificate_page, sweep_table
@@ -117,6 +118,10 @@ def _check_words(request: Request) -> None:
             raise UserError(name, repr(word), f"take one of {', '.join(known)}")
     if request.out.exists():
         raise UserError(str(request.out), "exists already", "choose another folder, or move it aside")
+    if not all(map(math.isfinite, (*request.scales, *request.weights))):
+        raise UserError("--scale, --weight", "not a number", "give numbers")
+    if len({f"{scale:g}" for scale in request.scales}) < len(request.scales):
+        raise UserError("--scale", "one of them twice", "give each once, with at most six digits")
     combines = request.method not in (None, "scale")
     if request.scales and combines:
         raise UserError("--scale", f"together with --method {request.method}", "give --weight for each model")
@@ -170,7 +175,7 @@ def _lineage(text: str, base: Path | None) -> Lineage:
     if base is not None and lineage.adapters and lineage.base.folder.resolve() != base.resolve():
         found = f"{base}, but {text} was trained on {lineage.base.label} ({lineage.base.folder})"
         raise UserError("--base-model", found, "leave it out: the adapter's record names its base")
-    verify_model_files(lineage.base.folder)
+    verify_weight_files(lineage.base.folder)
     for link in lineage.adapters:
         verify_adapter_files(link.folder)
         verify_adapter_fits(link.folder, lineage.base.folder)
@@ -242,10 +247,7 @@ def _comparison(request: Request, lineages: list[Lineage]) -> Comparison | None:
             raise UserError(newest.name, "brought no rows to compare the merged files on", todo)
         probes = found
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    quantization = lineages[-1].quantization
-    word = quantization.source_dtype if quantization else _stored_dtype(lineages[-1].base.folder)
-    dtype = torch.float32 if word == "float16" and device == "cpu" else getattr(torch, word)
-    return Comparison(probes, dtype, device)
+    return Comparison(probes, device)
 
 
 def _finish(folder: Path, certificate: Certificate, comparison: Comparison | None) -> None:

@@ -47,8 +47,9 @@ def write_probes(folder: Path, prepared: Prepared[T], tokens_of: Callable[[T], t
         tokens_of: a row -> (ids, labels); labels are those of the ids' own places.
     """
     held = bool(prepared.held_out)
-    rows = prepared.held_out or [row for rows in prepared.rows for row in rows]
+    rows = prepared.held_out if held else prepared.every
     every = 1 if held else max(1, len(rows) // TRAINING_PROBES)
-    chosen = rows[::every] if held else rows[::every][:TRAINING_PROBES]
+    places = range(0, len(rows), every)
+    chosen = [rows[place] for place in (places if held else places[:TRAINING_PROBES])]
     probes = [Probe(ids.tolist(), labels.tolist()) for ids, labels in map(tokens_of, chosen)]
     save_probes(folder, Probes("held_out" if held else "training", probes))

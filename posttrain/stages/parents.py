@@ -1,16 +1,27 @@
-"""What a training stage starts from, as far as files tell it: which method fits, and whose template it is. No torch."""
+"""What a stage starts from, as far as files tell it: where it lies, which method fits, whose template. No torch."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from posttrain.artifact import Artifact
 from posttrain.errors import CheckpointError, RecipeError
+from posttrain.models.hub import fetch_model
 from posttrain.models.lineage import Lineage
 from posttrain.recipe.schema import Method
+from posttrain.stages.context import ModelInput
+
+
+def model_folder(given: ModelInput) -> Path:
+    """Returns the folder of an input, fetching a hub id at its pinned commit first."""
+    if given.folder is not None:
+        return given.folder
+    name = given.ref.partition("@")[0]
+    return fetch_model(name, given.revision or "main")
 
 
 def resolve_method(method: Method | None, parents: Lineage, stage: str) -> Method:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,67 +11,78 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from posttrain.artifact import publish_folder
-from posttrain.chat.tokenizer import load_tokenizer
+from posttrain.chat.tokenizer import load_tokenizer, tokenizer_digest
+from posttrain.data.read import open_source
+from posttrain.data.rows import TextRow
 from posttrain.errors import RecipeError
-from posttrain.models.attention import check_isolation
 from posttrain.models.lineage import Lineage, Link, lineage_of
 from posttrain.models.load import load_base
 from posttrain.models.save import save_full, verify_saved_model
 from posttrain.pretraining.init import init_model
-from posttrain.pretraining.rows import Row, make_row
+from posttrain.pretraining.rows import Row
+from posttrain.pretraining.store import stored_row
 from posttrain.pretraining.tokenizer import train_tokenizer
-from posttrain.recipe.schema import Pretrain, TokenizerTraining
+from posttrain.recipe.schema import Data, Pretrain, TokenizerTraining
 from posttrain.stages.context import Context, Summary
+from posttrain.stages.fitting import fit_sft
 from posttrain.stages.outputs import model_files, write_ledger
-from posttrain.stages.prepare import Prepared, Refused, Tokenised, prepare, schedule_rows, schedule_wrapped
-from posttrain.stages.run_loop import run_loop, stage_arguments, training_metrics
-from posttrain.stages.setup import Machine, assert_trainable, model_folder, set_up
-from posttrain.training.limits import piece_limits
-from posttrain.training.sft import build_sft_trainer, sft_step
+from posttrain.stages.parents import model_folder
+from posttrain.stages.prepare import Conversion, Prepared, Refused, Tokenised, prepare
+from posttrain.stages.run_loop import run_loop, training_metrics
+from posttrain.stages.schedule import schedule_rows, schedule_wrapped
+from posttrain.stages.setup import Machine, assert_trainable, set_up
+from posttrain.stages.sources import source_spec
 
 
 def run(config: Pretrain, context: Context) -> Summary:
     """Trains on documents packed into rows of `max_length` tokens, isolated from one another."""
+    context.clock.enter("data")
     machine = set_up(context)
     tokenizer = _tokenizer(config, context)
     wrapped = config.data.packing in (None, "wrap")
-    limit = None if wrapped else config.data.max_length
-    cut = config.data.long_rows == "truncate"
-    prepared = prepare(config.data, context, "text", lambda rows: _tokenise(rows, tokenizer, limit, cut))
+    prepared = prepare(config.data, context, conversion(tokenizer, config.data))
     if wrapped:
         schedule = schedule_wrapped(prepared, context.trainer, context.seed, config.data.max_length)
     else:
         schedule = schedule_rows(prepared, context.trainer, context.seed)
     write_ledger(context.folder, prepared.ledger)
+    context.clock.enter("loading")
     model = _model(config, context, machine, tokenizer)
     _check_lengths(model, config.data.max_length, context.stage)
     trained, total = assert_trainable(model, context.stage)
-    check_isolation(model, len(tokenizer))
-    trainer = build_sft_trainer(model, tokenizer, stage_arguments(context, machine, schedule.steps))
-    limits = piece_limits(machine.device, context.runtime.micro_batch_tokens, context.runtime.micro_batch_size)
-    pad = tokenizer.pad_token_id or 0
+    fitted, make_step = fit_sft(
+        model,
+        None,
+        tokenizer,
+        machine,
+        context,
+        schedule.steps,
+        schedule.rows_of,
+        (lambda _: schedule.rows_of(0)) if wrapped else prepared.longest,
+    )
 
     def save(folder: Path) -> None:
         save_full(model, folder, machine.dtype)
         tokenizer.save_pretrained(folder)
 
     result = run_loop(
-        trainer,
+        fitted.trainer,
         context,
         prepared,
         schedule,
-        lambda step: sft_step(schedule.rows_of(step), pad, limits.row_tokens, limits.tokens, limits.documents),
+        make_step,
         config.snapshots,
         save,
     )
     context.events("phase", text="saving")
+    context.clock.enter("saving")
     save(context.folder)
     verify_saved_model(model, context.folder)
     untrained = _untrained(prepared, len(tokenizer)) if config.model is None else []
     return Summary(
         headline=f"{total / 1e6:.2f} M parameters, {result.steps} steps, loss {result.last_loss:.3f}",
         files=model_files(context.folder),
-        metrics=training_metrics(result, trained, total, {"untrained_token_ids": untrained}),
+        metrics=training_metrics(result, trained, total, {"untrained_token_ids": untrained, **fitted.metrics()}),
         lineage=Lineage(Link(context.run_dir / context.stage, f"@{context.stage}", context.fingerprint)).as_dict(
             context.run_dir
         ),
@@ -94,13 +106,12 @@ def _tokenizer(config: Pretrain, context: Context) -> PreTrainedTokenizerBase:
     return load_tokenizer(model_folder(context.inputs[source]))
 
 
-def prepare_texts(config: Pretrain, context: Context) -> list[str]:
-    """All texts of the stage, each source once."""
-    from posttrain.data.read import read_source
-    from posttrain.stages.sources import source_spec
-
-    found = [read_source(source_spec(source, context.recipe_dir), "text") for source in config.data.sources]
-    return [row.text for rows in found for row in rows.rows]
+def prepare_texts(config: Pretrain, context: Context) -> Iterator[str]:
+    """All usable texts of the stage, each source once, as they are asked for."""
+    for source in config.data.sources:
+        for row, unusable in open_source(source_spec(source, context.recipe_dir), "text").rows():
+            if unusable is None and isinstance(row, TextRow):
+                yield row.text
 
 
 def _model(config: Pretrain, context: Context, machine: Machine, tokenizer: Any) -> PreTrainedModel:
@@ -122,30 +133,38 @@ def _check_lengths(model: PreTrainedModel, max_length: int, stage: str) -> None:
         raise RecipeError(f"stages.{stage}.data.max_length", found, f"set at most {limit}")
 
 
-def _tokenise(rows: list[Any], tokenizer: Any, limit: int | None, cut: bool) -> list[Tokenised[Row] | Refused]:
+def conversion(tokenizer: Any, data: Data) -> Conversion[Row]:
+    """How this stage makes tokens of texts; where rows are wrapped, a document may have any length."""
+    limit = None if data.packing in (None, "wrap") else data.max_length
+    cut = data.long_rows == "truncate"
+    decides = {"tokenizer": tokenizer_digest(tokenizer), "limit": limit, "cut": None if limit is None else cut}
+    return Conversion("text", lambda rows: _tokenise(rows, tokenizer, limit, cut), stored_row, decides, False)
+
+
+def _tokenise(rows: list[Any], tokenizer: Any, limit: int | None, cut: bool) -> Iterator[Tokenised | Refused]:
     """Tokens of each document and its end of sequence; control tokens that a text spells stay text."""
     backend, before = tokenizer.backend_tokenizer, tokenizer.backend_tokenizer.encode_special_tokens
     backend.encode_special_tokens = True
     try:
-        encoded = tokenizer([row.text for row in rows])["input_ids"]
+        encoded = backend.encode_batch_fast([row.text for row in rows])
     finally:
         backend.encode_special_tokens = before
-    results: list[Tokenised[Row] | Refused] = []
-    for ids in encoded:
-        if not ids or ids[-1] != tokenizer.eos_token_id:
-            ids = [*ids, tokenizer.eos_token_id]
-        if limit is not None and len(ids) > limit and not cut:
-            results.append(Refused("longer than max_length", len(ids)))
+    end = tokenizer.eos_token_id
+    for ids in (one.ids for one in encoded):
+        if not ids or ids[-1] != end:
+            ids.append(end)
+        length = len(ids)
+        if limit is not None and length > limit and not cut:
+            yield Refused("longer than max_length", length)
             continue
-        row = make_row(ids[:limit], ids[:limit])
-        results.append(Tokenised(row, row.supervised, len(row) - row.supervised, len(ids) - len(row)))
-    return results
+        ids = ids[:limit]
+        supervised = len(ids) - 1  # the first token of a row is never predicted
+        yield Tokenised(ids, (1, len(ids)) if supervised else (), supervised, length - len(ids))
 
 
 def _untrained(prepared: Prepared[Row], vocabulary: int) -> list[int]:
     """Vocabulary ids that stand in no row: their embeddings are as they were initialised."""
     seen = np.zeros(vocabulary, dtype=bool)
     for rows in prepared.rows:
-        for row in rows:
-            seen[row.ids] = True
+        seen |= rows.store.seen(vocabulary)
     return [int(token) for token in np.flatnonzero(~seen)]

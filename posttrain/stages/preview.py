@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,14 @@ from posttrain.chat.encode import encoder_of
 from posttrain.models.hub import HubId, fetch_description
 from posttrain.models.lineage import lineage_of
 from posttrain.pretraining.rows import IGNORE, Row
-from posttrain.recipe.schema import AnyStage, Dpo, Sft
+from posttrain.recipe.schema import AnyStage, Data
 from posttrain.report.token_view import ShownPart, ShownRow, ShownStage, show_tokens
 from posttrain.stages import dpo, sft
 from posttrain.stages.__main__ import Stop, context_of
 from posttrain.stages.context import Context, Events, Job
 from posttrain.stages.conversation import Chat, open_chat
-from posttrain.stages.prepare import Prepared, Tokenised, prepare, schedule_rows
+from posttrain.stages.prepare import Conversion, Prepared, prepare
+from posttrain.stages.schedule import schedule_rows
 from posttrain.training.pairs import Pair
 
 SHOWN_KINDS = ("sft", "dpo")
@@ -32,7 +34,7 @@ SHOWN_KINDS = ("sft", "dpo")
 def preview(job: Job, jobs: Mapping[str, Job], count: int) -> ShownStage:
     """Prepares the data of an `sft` or `dpo` stage and shows the first `count` rows of its first steps.
 
-    All of its data is rendered, since the order depends on what is dropped. Nothing is written.
+    All of its data is rendered, since the order depends on what is dropped. Nothing is written to stay.
 
     Args:
         jobs: all stages of the recipe by name: a model that is still to be made has the tokenizer of the
@@ -48,8 +50,12 @@ def preview(job: Job, jobs: Mapping[str, Job], count: int) -> ShownStage:
     config: Any = TypeAdapter(AnyStage).validate_json(json.dumps(job.config))
     chosen = trained_template or job.config.get("chat_template")
     chat = open_chat(lineage_of(Path(given["folder"]), given["ref"]), chosen, context)
-    shown = _sft_rows(config, chat, context) if job.kind == "sft" else _dpo_rows(config, chat, context)
-    rows = tuple(islice(shown, count))
+    module, parts = (sft, _sft_parts) if job.kind == "sft" else (dpo, _dpo_parts)
+    conversion = module.conversion(chat, config.data)
+    with TemporaryDirectory(prefix="posttrain-") as apart:  # instead of the run folder, where rows are kept
+        elsewhere = replace(context, run_dir=Path(apart))
+        shown = _shown_rows(config.data, conversion, elsewhere, lambda row: parts(row, chat))
+        rows = tuple(islice(shown, count))
     return ShownStage(job.stage, f"the first {len(rows)} rows of training (template {chat.template.name})", rows)
 
 
@@ -73,37 +79,25 @@ def _nearest_model(job: Job, jobs: Mapping[str, Job]) -> tuple[dict[str, Any], s
     return given, template
 
 
-def _sft_rows(config: Sft, chat: Chat, context: Context) -> Iterator[ShownRow]:
-    kept: list[list[Tokenised[Row]]] = []
-    prepared = prepare(
-        config.data, context, "chat", lambda rows: _remember(sft.tokenise(rows, chat, config.data), kept), sft.prompt_of
-    )
+def _shown_rows(
+    data: Data, conversion: Conversion[Any], context: Context, parts: Callable[[Any], tuple[ShownPart, ...]]
+) -> Iterator[ShownRow]:
+    prepared = prepare(data, context, conversion)
     for source, number in schedule_rows(prepared, context.trainer, context.seed).order.items.tolist():
-        row, one = prepared.rows[source][number], kept[source][prepared.usable[source][number]]
-        parts = (_part("", row.ids, row.labels != IGNORE, chat),)
-        split = f", row {one.part[0]} of {one.part[1]} that it was split into" if one.part[1] > 1 else ""
-        yield ShownRow(_place(prepared, source, number) + split, parts, one.truncated)
+        rows = prepared.rows[source]
+        at, of = rows.store.columns["parts"][rows.chosen[number]].tolist()
+        split = f", row {at} of {of} that it was split into" if of > 1 else ""
+        truncated = int(rows.store.columns["counts"][rows.chosen[number], 1])
+        yield ShownRow(_place(prepared, source, number) + split, parts(rows[number]), truncated)
 
 
-def _dpo_rows(config: Dpo, chat: Chat, context: Context) -> Iterator[ShownRow]:
-    kept: list[list[Tokenised[Pair]]] = []
-    prepared = prepare(
-        config.data, context, "pair", lambda rows: _remember(dpo.tokenise(rows, chat, config.data), kept), dpo.prompt_of
-    )
-    for source, number in schedule_rows(prepared, context.trainer, context.seed).order.items.tolist():
-        pair, one = prepared.rows[source][number], kept[source][prepared.usable[source][number]]
-        answers = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-        parts = [_part(name, ids, np.full(len(ids), name != "prompt"), chat) for name, ids in answers.items()]
-        yield ShownRow(_place(prepared, source, number), tuple(parts), one.truncated)
+def _sft_parts(row: Row, chat: Chat) -> tuple[ShownPart, ...]:
+    return (_part("", row.ids, row.labels != IGNORE, chat),)
 
 
-def _remember(results: Iterable[Any], kept: list[list[Tokenised[Any]]]) -> Iterator[Any]:
-    """Passes on the results of one source, and keeps those that become rows: `prepare` keeps their tokens alone."""
-    kept.append([])
-    for result in results:
-        if isinstance(result, Tokenised):
-            kept[-1].append(result)
-        yield result
+def _dpo_parts(pair: Pair, chat: Chat) -> tuple[ShownPart, ...]:
+    answers = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+    return tuple(_part(name, ids, np.full(len(ids), name != "prompt"), chat) for name, ids in answers.items())
 
 
 def _part(name: str, ids: np.ndarray, trained: np.ndarray, chat: Chat) -> ShownPart:

@@ -21,7 +21,7 @@ from posttrain.recipe import schema
 from posttrain.report.card import Card, model_card
 from posttrain.report.history import history
 from posttrain.stages.context import Context, ModelInput, Summary
-from posttrain.stages.setup import model_folder
+from posttrain.stages.parents import model_folder
 
 SUMS = "SHA256SUMS"
 _NEEDED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -51,6 +51,7 @@ def run(config: schema.Publish, context: Context) -> Summary:
         ChatError: it would not stop at its end of turn, or renders prompts differently from our path.
         UserError: `to` holds something else.
     """
+    context.clock.enter("saving")
     given = context.inputs["model"]
     source = model_folder(given)
     target = Path(config.to) if config.to else None
@@ -59,7 +60,9 @@ def run(config: schema.Publish, context: Context) -> Summary:
     files = gather(source, context.folder)
     files += _carry_recipe(context.run_dir, context.folder)
     context.events("phase", text="loading it with plain transformers")
+    context.clock.enter("proofs")
     stop = verify(context.folder)
+    context.clock.enter("saving")
 
     card = _card(config, context, given, stop)
     write_atomically(context.folder / "README.md", model_card(card))

@@ -14,7 +14,8 @@ from posttrain.pretraining.order import save_order
 from posttrain.pretraining.schedule import snapshot_steps
 from posttrain.recipe.schema import Snapshots
 from posttrain.stages.context import Context
-from posttrain.stages.prepare import Prepared, Schedule
+from posttrain.stages.prepare import Prepared
+from posttrain.stages.schedule import Schedule
 from posttrain.stages.setup import Machine, assert_gradients
 
 CHECKPOINTS = "checkpoints"
@@ -65,6 +66,7 @@ def run_loop(
         on_first_gradient=assert_gradients,
     )
     context.events("phase", text="training")
+    context.clock.enter("training")
     return fit(trainer, loop)
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from posttrain.errors import StageError, UserError
-from posttrain.models.hub import fetch_model
+from posttrain.models.attention import missing
 from posttrain.models.load import DTYPES
 from posttrain.recipe.schema import Runtime
-from posttrain.stages.context import Context, ModelInput
+from posttrain.stages.context import Context
 
 
 @dataclass(frozen=True)
@@ -22,6 +21,7 @@ class Machine:
     device: str
     """`cpu` or `cuda`."""
     attn_implementation: str
+    """What models are loaded with; a training stage asked for `auto` then takes the fastest that does."""
     dtype: torch.dtype
     """Of frozen weights and of autocast."""
 
@@ -30,7 +30,7 @@ def set_up(context: Context) -> Machine:
     """Chooses device and attention, sets threads and determinism.
 
     Raises:
-        StageError: the recipe asks for a device, dtype or number of processes that is not there.
+        StageError: the recipe asks for a device, dtype, attention backend or number of processes that is not there.
     """
     runtime = context.runtime
     if runtime.threads:
@@ -41,7 +41,11 @@ def set_up(context: Context) -> Machine:
         name = torch.cuda.get_device_name()
         raise StageError(context.stage, f"{name} has no bf16", "set `precision: fp16` (or fp32)")
     attention = "sdpa" if runtime.attn_implementation == "auto" else runtime.attn_implementation
-    return Machine(device, attention, DTYPES[context.precision])
+    dtype = DTYPES[context.precision]
+    if reason := missing(attention, device, dtype):
+        found = f"{attention} {reason}"
+        raise StageError(f"stages.{context.stage}, runtime.attn_implementation", found, "set it to auto, sdpa or eager")
+    return Machine(device, attention, dtype)
 
 
 def _device(runtime: Runtime, stage: str) -> str:
@@ -61,14 +65,6 @@ def _check_processes(runtime: Runtime, stage: str) -> None:
             f"asks for {wanted} processes (accelerate_config: {runtime.accelerate_config})",
             "this version trains on one device: set num_processes to 1 and leave accelerate_config out",
         )
-
-
-def model_folder(given: ModelInput) -> Path:
-    """Returns the folder of an input, fetching a hub id at its pinned commit first."""
-    if given.folder is not None:
-        return given.folder
-    name = given.ref.partition("@")[0]
-    return fetch_model(name, given.revision or "main")
 
 
 def assert_trainable(model: torch.nn.Module, stage: str) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,21 +13,21 @@ from posttrain.chat.render import Rendered, render_conversations
 from posttrain.chat.system import fold_system
 from posttrain.data.rows import ChatRow, Message
 from posttrain.errors import ChatError
-from posttrain.models.attention import check_isolation
 from posttrain.models.lineage import lineage_of
 from posttrain.models.save import save_adapter, save_full, verify_saved_adapter, verify_saved_model
-from posttrain.pretraining.rows import IGNORE, Row, make_row
+from posttrain.pretraining.rows import Row
+from posttrain.pretraining.store import stored_row
 from posttrain.recipe.schema import Data, Sft
 from posttrain.stages.context import Context, Summary
 from posttrain.stages.conversation import Chat, open_chat, save_chat, settle
+from posttrain.stages.fitting import fit_sft
 from posttrain.stages.outputs import model_files, write_ledger, write_probes
-from posttrain.stages.parents import resolve_method
-from posttrain.stages.prepare import Prepared, Refused, Tokenised, prepare, schedule_rows, schedule_wrapped
-from posttrain.stages.run_loop import run_loop, stage_arguments, training_metrics
-from posttrain.stages.setup import Machine, assert_trainable, model_folder, set_up
+from posttrain.stages.parents import model_folder, resolve_method
+from posttrain.stages.prepare import Conversion, Prepared, Refused, Tokenised, prepare
+from posttrain.stages.run_loop import run_loop, training_metrics
+from posttrain.stages.schedule import schedule_rows, schedule_wrapped
+from posttrain.stages.setup import Machine, assert_trainable, set_up
 from posttrain.stages.trainable import Policy, load_trainable
-from posttrain.training.limits import piece_limits
-from posttrain.training.sft import build_sft_trainer, sft_step
 
 _STOPPED = 0.99
 """Share of trained rows whose last trained token must be the end of turn."""
@@ -34,39 +35,48 @@ _STOPPED = 0.99
 
 def run(config: Sft, context: Context) -> Summary:
     """Trains on assistant turns and their end-of-turn token, and proves the saved folder."""
+    context.clock.enter("data")
     machine = set_up(context)
     given = context.inputs["model"]
     parents = lineage_of(model_folder(given), given.ref)
     method = resolve_method(config.method, parents, context.stage)
     chat = open_chat(parents, config.chat_template, context)
-    limit = config.data.max_length
-    prepared = prepare(config.data, context, "chat", lambda rows: tokenise(rows, chat, config.data), prompt_of)
+    limit, wrapped = config.data.max_length, config.data.packing == "wrap"
+    prepared = prepare(config.data, context, conversion(chat, config.data))
     share = _check_stops(prepared, chat, limit, context.stage)
-    if config.data.packing == "wrap":
+    if wrapped:
         schedule = schedule_wrapped(prepared, context.trainer, context.seed, limit)
     else:
         schedule = schedule_rows(prepared, context.trainer, context.seed)
     write_ledger(context.folder, prepared.ledger)
     context.events("phase", text="loading the model")
+    context.clock.enter("loading")
     policy = load_trainable(parents, method, machine, context, chat.control_ids, chat.tokenizer.get_vocab())
     settle(chat, policy.model, context)
     trained, total = assert_trainable(policy.model, context.stage)
-    check_isolation(policy.model, len(chat.tokenizer))
-    trainer = build_sft_trainer(policy.model, chat.tokenizer, stage_arguments(context, machine, schedule.steps))
-    limits = piece_limits(machine.device, context.runtime.micro_batch_tokens, context.runtime.micro_batch_size)
-    pad = chat.tokenizer.pad_token_id
+    fitted, make_step = fit_sft(
+        policy.model,
+        policy.quantization,
+        chat.tokenizer,
+        machine,
+        context,
+        schedule.steps,
+        schedule.rows_of,
+        (lambda _: schedule.rows_of(0)) if wrapped else prepared.longest,
+    )
     result = run_loop(
-        trainer,
+        fitted.trainer,
         context,
         prepared,
         schedule,
-        lambda step: sft_step(schedule.rows_of(step), pad, limits.row_tokens, limits.tokens, limits.documents),
+        make_step,
         config.snapshots,
         lambda folder: save_policy(policy, chat, machine, folder),
     )
     context.events("phase", text="saving")
+    context.clock.enter("saving")
     save_policy(policy, chat, machine, context.folder)
-    prove_saved(policy, chat, context.folder, last_trained_ids(prepared.rows))
+    prove_saved(policy, chat, context.folder, last_trained_ids(prepared))
     write_probes(context.folder, prepared, lambda row: (row.ids, row.labels))
     return Summary(
         headline=f"{policy.kind}: {result.steps} steps, loss {result.first_loss:.3f} -> {result.last_loss:.3f}",
@@ -75,14 +85,28 @@ def run(config: Sft, context: Context) -> Summary:
             result,
             trained,
             total,
-            {"rows_that_stop": share, "token_rows": policy.token_rows, "chat": chat.as_dict()},
+            {
+                "rows_that_stop": share,
+                "token_rows": policy.token_rows,
+                "chat": chat.as_dict(),
+                **fitted.metrics(),
+            },
         ),
         lineage=policy.lineage_after(context),
         ledger=prepared.ledger.as_dict(),
     )
 
 
-def tokenise(rows: list[ChatRow], chat: Chat, data: Data) -> Iterator[Tokenised[Row] | Refused]:
+def conversion(chat: Chat, data: Data) -> Conversion[Row]:
+    """How this stage makes tokens of conversations."""
+    decides = {
+        **chat.decides(),
+        **data.model_dump(include={"max_length", "long_rows", "history", "system"}, exclude_none=True),
+    }
+    return Conversion("chat", lambda rows: tokenise(rows, chat, data), stored_row, decides)
+
+
+def tokenise(rows: list[ChatRow], chat: Chat, data: Data) -> Iterator[Tokenised | Refused]:
     """Renders conversations; what is longer than `max_length` is cut at its end, or refused.
 
     With `history: split`, a conversation whose template rewrites history gives one result per answer.
@@ -106,27 +130,27 @@ def _messages(row: ChatRow, fold: bool) -> list[Message]:
     try:
         return fold_system(row.messages)
     except ChatError as error:
-        raise ChatError(str(row.origin), f"{error.where}: {error.found}", error.todo) from None
+        raise error.at(str(row.origin)) from None
 
 
-def _fit(rendered: Rendered, data: Data, part: tuple[int, int]) -> Tokenised[Row] | Refused:
-    length = len(rendered.input_ids)
-    if length > data.max_length and data.long_rows == "drop":
+def _fit(rendered: Rendered, data: Data, part: tuple[int, int]) -> Tokenised | Refused:
+    length, limit = len(rendered.input_ids), data.max_length
+    if length > limit and data.long_rows == "drop":
         return Refused("longer than max_length", length, part)
-    made = make_row(rendered.input_ids[: data.max_length], rendered.labels[: data.max_length])
-    if not made.supervised:
+    cuts: list[int] = []
+    for start, stop in rendered.runs:
+        start, stop = max(start, 1), min(stop, limit)  # the first token of a row is never predicted
+        if start < stop:
+            cuts += (start, stop)
+    if not cuts:
         return Refused("no trained token within max_length", length, part)
-    return Tokenised(made, made.supervised, len(made) - made.supervised, length - len(made), part)
+    supervised = sum(cuts[1::2]) - sum(cuts[::2])
+    return Tokenised(rendered.input_ids[:limit], cuts, supervised, max(length - limit, 0), part)
 
 
-def prompt_of(row: Row) -> bytes:
-    """What stands before the first token with loss: rows of one prompt are held out together."""
-    return row.ids[: int(np.argmax(row.labels != IGNORE))].tobytes()
-
-
-def last_trained_ids(rows: list[list[Row]]) -> set[int]:
-    """Ids of the last token with loss of every row: what the model learns to end on."""
-    return {int(row.labels[row.labels != IGNORE][-1]) for source in rows for row in source}
+def last_trained_ids(prepared: Prepared[Any]) -> set[int]:
+    """Ids of the last token with loss of every row (of a pair: its better answer): what the model learns to end on."""
+    return {int(token) for ids in prepared.last_ids for token in np.unique(ids)}
 
 
 def _check_stops(prepared: Prepared[Row], chat: Chat, limit: int, stage: str) -> float:
@@ -135,8 +159,12 @@ def _check_stops(prepared: Prepared[Row], chat: Chat, limit: int, stage: str) ->
     Raises:
         ChatError: less than 99 % of them do.
     """
-    last = [row.labels[row.labels != IGNORE][-1] for rows in prepared.rows for row in rows if len(row) < limit]
-    share = sum(int(token) == chat.end.id for token in last) / len(last) if last else 1.0
+    whole = stop = 0
+    for rows, ids in zip(prepared.rows, prepared.last_ids, strict=True):
+        uncut = rows.lengths < limit
+        whole += int(uncut.sum())
+        stop += int((ids[uncut] == chat.end.id).sum())
+    share = stop / whole if whole else 1.0
     if share < _STOPPED:
         found = f"only {share:.1%} of the rows end in {chat.end.text!r}"
         raise ChatError(f"stages.{stage}.data", found, "end conversations with an assistant turn")

@@ -9,6 +9,8 @@ from posttrain.data.select import SelectSpec
 from posttrain.data.shapes import Want
 from posttrain.recipe.schema import Source
 
+ROWS = Path(".cache") / "rows"
+"""Of a run folder: the stores of its tokenised sources."""
 WANTED: dict[str, Want] = {
     "pretrain": "text",
     "sft": "chat",

@@ -11,10 +11,9 @@ from trl import DPOConfig, DPOTrainer
 
 from posttrain.errors import StageError
 from posttrain.pretraining.loop import Piece, Spine, Step
-from posttrain.pretraining.packing import cut_step
 from posttrain.training.head import use_plain_head
-from posttrain.training.packed_view import PackedView
-from posttrain.training.pairs import Pair, pad_pairs
+from posttrain.training.packed_view import MaskMaker, PackedView
+from posttrain.training.pairs import Pair, cut_pairs, pad_pairs
 from posttrain.training.sft import placeholder_dataset, restore_weights, show_head_bias, trainable_weights
 
 COUPLED = frozenset({"aot", "aot_unpaired", "sft"})
@@ -42,6 +41,18 @@ class SpineDpoTrainer(Spine, DPOTrainer):
     """TRL's DPO losses under our loop; the mean over the pairs of the whole step."""
 
     row_tokens: int
+    """Capacity of a packed row."""
+    mask: MaskMaker | None = None
+    """Set where the two sequences of a pair share the forward of what both begin with."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether a pair's common prefix goes through the model once."""
+        return self.mask is not None
+
+    def view(self, mask: MaskMaker | None) -> PackedView:
+        """The live model on packed rows, plain or sharing."""
+        return PackedView(self.model, self.row_tokens, mask)
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset  # rows come from the loop, tokenised by us
@@ -56,7 +67,7 @@ class SpineDpoTrainer(Spine, DPOTrainer):
         return self.compute_loss(model, tensors) * share
 
     def _compute_loss(self, model, inputs, return_outputs):
-        return super()._compute_loss(PackedView(model, self.row_tokens), inputs, return_outputs)
+        return super()._compute_loss(PackedView(model, self.row_tokens, self.mask), inputs, return_outputs)
 
     def policy_logps(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         """Log-probs of both answers under the live policy, by the very path that trains.
@@ -68,8 +79,7 @@ class SpineDpoTrainer(Spine, DPOTrainer):
             [B, 2] fp32 on the CPU: chosen, rejected; TRL's `ld_alpha` weighting included.
         """
         self.model.train()  # the mode of training, which 4-bit kernels depend on; every dropout is off
-        view = PackedView(self.model, self.row_tokens)
-        both = self.compute_ref_log_probs(view, self._prepare_inputs(dict(tensors)))
+        both = self.compute_ref_log_probs(self.view(self.mask), self._prepare_inputs(dict(tensors)))
         return torch.stack(both, dim=1).float().cpu()
 
     @torch.no_grad()
@@ -87,7 +97,10 @@ class SpineDpoTrainer(Spine, DPOTrainer):
 
 
 def build_dpo_trainer(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any], row_tokens: int
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: dict[str, Any],
+    row_tokens: int,
 ) -> SpineDpoTrainer:
     """Builds the trainer without letting TRL touch data, dtypes, adapters or the reference.
 
@@ -129,24 +142,23 @@ def dpo_step(
     tokens: int,
     most_pairs: int | None,
     loss_types: list[str],
+    share: bool = False,
 ) -> Step:
     """Cuts the pairs of one optimizer step into pieces.
 
     Args:
         references: [N, 2] fp32 log-probs of chosen and rejected under the reference.
-        tokens: most tokens of a piece; a pair counts both its sequences.
+        tokens: most tokens of a piece; a pair counts both its sequences, what they share once with `share`.
         most_pairs: most pairs of a piece.
         loss_types: the losses; a coupled one keeps the step in one piece.
     """
-    if COUPLED & set(loss_types):
-        chosen = [list(range(len(pairs)))]
-    else:
-        pieces = cut_step([pair.tokens for pair in pairs], 1, tokens, most_pairs)
-        chosen = [[index for row in piece for index in row] for piece in pieces]
+    costs = [pair.cost(share) for pair in pairs]
+    whole = COUPLED & set(loss_types)
+    chosen = [list(range(len(pairs)))] if whole else cut_pairs(costs, tokens, most_pairs)
     made = []
     for indices in chosen:
         batch = pad_pairs([pairs[index] for index in indices], pad_id)
         batch["ref_chosen_logps"], batch["ref_rejected_logps"] = references[indices].unbind(dim=1)
         made.append(Piece(batch, len(indices) / len(pairs)))
     supervised = sum(pair.supervised for pair in pairs)
-    return Step(made, rows=len(pairs), tokens=sum(pair.tokens for pair in pairs), supervised=supervised)
+    return Step(made, rows=len(pairs), tokens=sum(costs), supervised=supervised)

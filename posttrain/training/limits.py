@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-_TOKENS = {"cpu": 4096, "cuda": 16384}
-_ROW_ON_CPU = 256
+from posttrain.models.attention import ONE_ROW
+
+_TOKENS = {"cpu": 2048, "cuda": 16384}
+_ROW_OF_DENSE_MASK = {"cpu": 256, "cuda": 2048}
 
 
 @dataclass(frozen=True)
@@ -18,13 +22,38 @@ class Limits:
     """Most documents or pairs."""
     row_tokens: int
     """Capacity of a packed row."""
+    one_row: bool = False
+    """A piece is one row: what its attention backend needs, or runs fastest on."""
+
+    @property
+    def packed_row(self) -> int:
+        """Capacity of a row where sequences are packed inside a piece."""
+        return sys.maxsize if self.one_row else self.row_tokens
+
+    def halved(self, longest: int) -> Limits | None:
+        """Half the tokens, but never less than the longest row or pair; None where that is reached."""
+        tokens = max(self.tokens // 2, longest, 1)
+        return replace(self, tokens=tokens, row_tokens=min(self.row_tokens, tokens)) if tokens < self.tokens else None
 
 
-def piece_limits(device: str, micro_batch_tokens: int | None, micro_batch_size: int | None) -> Limits:
+def piece_limits(
+    device: str,
+    micro_batch_tokens: int | None,
+    micro_batch_size: int | None,
+    attention: str = "sdpa",
+    fitting: Callable[[int | None], int] | None = None,
+) -> Limits:
     """Chooses the limits of a piece for a device.
 
-    On a CPU attention builds a dense mask per row, quadratic in its length, so rows stay short; on a GPU
-    one long row keeps the kernels that need a batch of one.
+    A backend that is given a dense mask gets short rows, since the mask is quadratic in them; the others
+    get one long row.
+
+    Args:
+        fitting: capacity of a row (None: a piece is one) -> tokens that should fit the device's memory; asked on
+            a GPU, where the recipe gives no number.
     """
-    tokens = micro_batch_tokens or _TOKENS[device]
-    return Limits(tokens, micro_batch_size, min(tokens, _ROW_ON_CPU) if device == "cpu" else tokens)
+    one_row, tokens = attention in ONE_ROW, micro_batch_tokens or _TOKENS[device]
+    if fitting is not None and micro_batch_tokens is None and device == "cuda":
+        tokens = min(tokens, fitting(None if one_row else _ROW_OF_DENSE_MASK[device]))
+    row_tokens = tokens if one_row else min(tokens, _ROW_OF_DENSE_MASK[device])
+    return Limits(tokens, micro_batch_size, row_tokens, one_row)

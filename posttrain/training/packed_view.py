@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
-from posttrain.pretraining.packing import pack_best_fit
-from posttrain.pretraining.rows import IGNORE
+from posttrain.training.layout import lay_out
+
+MaskMaker = Callable[[torch.Tensor, torch.Tensor], Any]
+"""(documents, branches), both [R, W] int64 -> the attention mask a backend takes; see `shared_mask`."""
+BLOCK = 128
+"""Rows that go with a mask are filled up to a multiple of it on a GPU: FlexAttention works in blocks of it."""
+_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 
 
 @dataclass(frozen=True)
 class PackedView:
     """Calls a model with a fused LM head on packed rows, and gives the outputs back in the padded shape.
 
-    No attention mask and no cache are used: position ids alone keep the sequences apart. Padding costs
-    nothing beyond the tail of a packed row.
+    Plain, no attention mask and no cache are used: position ids alone keep the sequences apart. With
+    `mask`, the second half of the batch are partners of the first: what both of a pair begin with runs once.
 
     Args:
-        model: takes `input_ids, position_ids, labels, fused_lm_head, use_cache`.
+        model: takes `input_ids, position_ids, labels, fused_lm_head, use_cache` (and `attention_mask`).
         row_tokens: capacity of a packed row; raised to the longest sequence.
+        mask: makes the attention mask that lets branches see the shared part and themselves.
     """
 
     model: Any
     row_tokens: int
+    mask: MaskMaker | None = None
 
     def __call__(self, input_ids, attention_mask, labels, fused_lm_head: bool = True, **kwargs) -> Any:
         """Args: `input_ids`, `attention_mask` (right padded), `labels`: [B, L] int64.
@@ -32,48 +40,34 @@ class PackedView:
         Returns:
             The model's output with per-token fields [B, L - 1]; zero where there is no label.
         """
-        lengths = attention_mask.sum(dim=1).tolist()
-        rows = pack_best_fit(lengths, max(self.row_tokens, *lengths))
-        width = max(sum(lengths[i] for i in row) for row in rows)
-        shape, device = (len(rows), width), input_ids.device
-        packed_ids = torch.zeros(shape, dtype=input_ids.dtype, device=device)
-        packed_labels = torch.full(shape, IGNORE, dtype=labels.dtype, device=device)
-        positions = torch.zeros(shape, dtype=torch.long, device=device)
-        places: dict[int, tuple[int, int]] = {}
-        for number, row in enumerate(rows):
-            at = 0
-            for index in row:
-                end = at + lengths[index]
-                packed_ids[number, at:end] = input_ids[index, : lengths[index]]
-                packed_labels[number, at + 1 : end] = labels[index, 1 : lengths[index]]
-                positions[number, at:end] = torch.arange(lengths[index], device=device)
-                places[index] = (number, at)
-                at = end
-            positions[number, at:] = torch.arange(width - at, device=device)
-        kwargs.pop("use_cache", None)
+        device, share = input_ids.device, self.mask is not None
+        multiple = BLOCK if share and device.type == "cuda" else 1
+        ids, known = input_ids.cpu().numpy(), labels.cpu().numpy()
+        layout = lay_out(ids, known, attention_mask.sum(dim=1).tolist(), self.row_tokens, share, multiple)
+
+        def move(array: Any) -> torch.Tensor:
+            return torch.from_numpy(array).to(device, non_blocking=True)
+
+        if self.mask is not None:
+            kwargs["attention_mask"] = self.mask(move(layout.documents), move(layout.branches))
         outputs = self.model(
-            input_ids=packed_ids,
-            position_ids=positions,
-            labels=packed_labels,
+            input_ids=move(layout.ids),
+            position_ids=move(layout.positions),
+            labels=move(layout.labels),
             fused_lm_head=fused_lm_head,
-            use_cache=False,
-            **kwargs,
+            **{**kwargs, "use_cache": False},
         )
-        return _unpack(outputs, places, lengths, input_ids.size(1) - 1)
+        return _unpack(outputs, move(layout.sources))
 
 
-def _unpack(outputs: Any, places: dict[int, tuple[int, int]], lengths: list[int], width: int) -> Any:
-    """Moves the per-token fields [rows, L - 1] of an output back to [sequences, width]."""
+def _unpack(outputs: Any, sources: torch.Tensor) -> Any:
+    """Moves the per-token fields [R, W - 1] of an output back to [sequences, L - 1]; gradients of shared ones add."""
+    has, index = sources >= 0, sources.clamp(min=0)
 
-    def move(field: torch.Tensor) -> torch.Tensor:
-        parts = []
-        for index in range(len(lengths)):
-            row, at = places[index]
-            part = field[row, at : at + lengths[index] - 1]
-            parts.append(torch.nn.functional.pad(part, (0, width - len(part))))
-        return torch.stack(parts)
+    def back(field: torch.Tensor) -> torch.Tensor:
+        taken = field.reshape(-1)[index]
+        return torch.where(has, taken, torch.zeros_like(taken))
 
-    names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
     present = {field.name for field in fields(outputs)}
-    moved = {name: move(value) for name in names if name in present and (value := getattr(outputs, name)) is not None}
+    moved = {name: back(value) for name in _FIELDS if name in present and (value := getattr(outputs, name)) is not None}
     return replace(outputs, **moved)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from posttrain.training.layout import common_prefix
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -18,8 +20,17 @@ class Pair:
 
     @property
     def tokens(self) -> int:
-        """Tokens that go through the model: the prompt is read once per answer."""
+        """Tokens of both sequences: the prompt counts once per answer."""
         return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+    @property
+    def shared(self) -> int:
+        """Tokens that one forward pass can serve for both: all that both begin with but the last of them."""
+        return max(len(self.prompt) + common_prefix(self.chosen, self.rejected) - 1, 0)
+
+    def cost(self, share: bool) -> int:
+        """Tokens that go through the model."""
+        return self.tokens - self.shared if share else self.tokens
 
     @property
     def supervised(self) -> int:
@@ -49,3 +60,23 @@ def pad_pairs(pairs: list[Pair], pad_id: int) -> dict[str, torch.Tensor]:
         batch["attention_mask"][number, :end] = 1
         batch["completion_mask"][number, len(prompt) : end] = 1
     return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def cut_pairs(costs: list[int], tokens: int, most: int | None) -> list[list[int]]:
+    """Cuts pairs into pieces that each fit one forward pass, longest first, so that like stands beside like.
+
+    Args:
+        costs: tokens of each pair.
+        tokens: most tokens of a piece; one pair may exceed it where it has to.
+        most: most pairs of a piece.
+    """
+    pieces: list[list[int]] = []
+    used = 0
+    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+        full = most is not None and pieces and len(pieces[-1]) >= most
+        if not pieces or full or used + costs[index] > tokens:
+            pieces.append([])
+            used = 0
+        pieces[-1].append(index)
+        used += costs[index]
+    return pieces

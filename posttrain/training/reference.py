@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,17 @@ from posttrain.artifact import fingerprint
 from posttrain.errors import StageError
 from posttrain.training.dpo import SpineDpoTrainer
 from posttrain.training.limits import Limits
-from posttrain.training.pairs import Pair, pad_pairs
+from posttrain.training.pairs import Pair, cut_pairs, pad_pairs
 
 _TELL_SECONDS = 5.0
 
 
-def reference_key(policy: dict[str, Any], pairs: list[Pair]) -> str:
+def reference_key(policy: dict[str, Any], pairs: Sequence[Pair]) -> str:
     """Key of a cache entry: what the policy is and how it computes, and the exact token ids.
 
     Args:
         policy: everything that decides the policy's log-probs (weights' fingerprints, quantisation,
-            precision, attention, `ld_alpha`).
+            precision, attention, layout, `ld_alpha`).
     """
     digest = hashlib.sha256()
     for pair in pairs:
@@ -38,7 +38,7 @@ def reference_key(policy: dict[str, Any], pairs: list[Pair]) -> str:
 
 def reference_logps(
     trainer: SpineDpoTrainer,
-    pairs: list[Pair],
+    pairs: Sequence[Pair],
     pad_id: int,
     limits: Limits,
     cache: Path,
@@ -60,9 +60,9 @@ def reference_logps(
         StageError: a log-prob that is not finite.
     """
     table = _open_table(cache, len(pairs))
-    longest_first = sorted(range(len(pairs)), key=lambda index: (-pairs[index].tokens, index))
+    costs = [pair.cost(trainer.shares) for pair in pairs]
     done, told = 0, time.monotonic()
-    for batch in _batches(longest_first, pairs, limits):  # cut the same way however much is known: the same bits
+    for batch in cut_pairs(costs, limits.tokens, limits.documents):  # however much is known: the same bits
         if not np.isnan(table[batch]).any():
             done += len(batch)
             continue
@@ -92,17 +92,3 @@ def _open_table(cache: Path, rows: int) -> np.memmap:
             np.save(file, np.full((rows, 2), np.nan, dtype=np.float32))
         temporary.replace(cache)
     return np.lib.format.open_memmap(cache, mode="r+")
-
-
-def _batches(indices: list[int], pairs: list[Pair], limits: Limits) -> list[list[int]]:
-    batches: list[list[int]] = []
-    used = 0
-    for index in indices:
-        size = pairs[index].tokens
-        full = limits.documents is not None and batches and len(batches[-1]) >= limits.documents
-        if not batches or full or used + size > limits.tokens:
-            batches.append([])
-            used = 0
-        batches[-1].append(index)
-        used += size
-    return batches

@@ -14,6 +14,7 @@ from posttrain.pretraining.loop import Piece, Spine, Step
 from posttrain.pretraining.packing import cut_step, stack
 from posttrain.pretraining.rows import Row
 from posttrain.training.head import use_plain_head
+from posttrain.training.limits import Limits
 
 
 class SpineSftTrainer(Spine, SFTTrainer):
@@ -82,17 +83,24 @@ def restore_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) ->
             param.data = weights[name].to(param.device)
 
 
-def sft_step(rows: list[Row], pad_id: int, row_tokens: int, tokens: int, documents: int | None) -> Step:
+def sft_step(
+    rows: list[Row], pad_id: int, row_tokens: int, tokens: int, documents: int | None, one_row: bool = False
+) -> Step:
     """Cuts the rows of one optimizer step into packed pieces.
 
     Args:
-        row_tokens, tokens, documents: limits of a piece, see `posttrain.pretraining.packing.cut_step`.
+        row_tokens, tokens, documents, one_row: limits of a piece, see `posttrain.pretraining.packing.cut_step`.
     """
     supervised = sum(row.supervised for row in rows)
     pieces = []
-    for packed in cut_step([len(row) for row in rows], row_tokens, tokens, documents):
+    for packed in cut_step([len(row) for row in rows], row_tokens, tokens, documents, one_row):
         chosen = [[rows[index] for index in row] for row in packed]
         own = sum(row.supervised for group in chosen for row in group)
         batch = {name: torch.from_numpy(array) for name, array in stack(chosen, pad_id).items()}
         pieces.append(Piece(batch, own / max(supervised, 1)))
     return Step(pieces, rows=len(rows), tokens=sum(map(len, rows)), supervised=supervised)
+
+
+def sft_pieces(rows: list[Row], pad_id: int, limits: Limits) -> Step:
+    """`sft_step` within the limits of a device."""
+    return sft_step(rows, pad_id, limits.row_tokens, limits.tokens, limits.documents, limits.one_row)

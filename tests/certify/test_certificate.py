@@ -62,7 +62,7 @@ def test_bf16_merge_passes_bf16_limits_only(work: Path, in_use: torch.nn.Module,
 @pytest.mark.parametrize("chain", [["dpo"], ["sft"], [], ["sft", "dpo", "dpo"]], ids="+".join)
 def test_wrong_chain_fails(work: Path, in_use: torch.nn.Module, chain: list[str], tmp_path: Path) -> None:
     merge(work / "base", [work / name for name in chain], tmp_path / "out", "float32")
-    limits = default_limits("bfloat16", quantised=True, base_mode="original")  # the widest of all
+    limits = Limits(relative_error=0.1, mean_kl=0.05, min_top1_agreement=0.7)  # wider than all of ours
     assert len(problems(tmp_path / "out", in_use, limits)) >= 2
 
 

@@ -224,7 +224,7 @@ def test_what_a_template_leaves_out_is_refused():
         render_conversation(TINY, template, [CHAT[1], {**CHAT[2], "reasoning_content": "hm, let me see"}])
     with pytest.raises(ChatError, match="no message"):
         render_prompt(TINY, template, [])
-    with pytest.raises(ChatError, match="cannot render"):
+    with pytest.raises(ChatError, match="its content is null, not a text"):
         render_conversation(TINY, template, [{"role": "user", "content": None}])
 
 

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from posttrain.data.groups import seeded_digest, take_groups
 from posttrain.data.rows import ChatRow, Origin, PairRow, RawRow, TextRow
-from posttrain.data.select import SelectSpec, side_of, split_keys
+from posttrain.data.select import SelectSpec, choose_rows, key_of
 
 KEYS = st.lists(st.sampled_from([f"prompt {n}" for n in range(12)]) | st.text(max_size=3), max_size=60)
 HERE = Origin("f", 1)
+
+
+def side_of(keys: list[str], spec: SelectSpec) -> list[int]:
+    """Indices of the rows with these prompts that are on the wanted side."""
+    rows = [RawRow({"prompt": key}, HERE) for key in keys]
+    return [int(index) for index in choose_rows(lambda: rows, spec).nonzero()[0]]
+
+
+def split_keys(rows: Sequence[Any], by: Any) -> list[str]:
+    return [key_of(row, by) for row in rows]
 
 
 @settings(deadline=None)
@@ -55,7 +68,29 @@ def test_keys_by_prompt_are_what_was_asked() -> None:
     assert len(set(split_keys(raw, "prompt"))) == 3
 
 
-def test_keys_by_row_tell_repeated_rows_apart() -> None:
-    rows = [TextRow(text, HERE) for text in ("a", "b", "a")]
-    assert len(set(split_keys(rows, "row"))) == 3
-    assert set(split_keys(rows[:2], "row")) < set(split_keys(rows, "row"))
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from("abcdef"), min_size=1, max_size=30), st.integers(1, 30), st.sampled_from(["row", "prompt"])
+)
+def test_a_split_by_row_tells_repeated_rows_apart(texts: list[str], rows: int, by: Any) -> None:
+    train = choose_rows(lambda: [TextRow(text, HERE) for text in texts], SelectSpec(rows, "train", by=by))
+    if by == "row":
+        assert train.sum() == min(rows, len(texts))
+    keys = [f"{text}\0{texts[:number].count(text)}" if by == "row" else text for number, text in enumerate(texts)]
+    assert train.nonzero()[0].tolist() == side_of(keys, SelectSpec(rows, "train"))  # what a key has always been
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 400), max_size=400),
+    st.integers(0, 12),
+    st.integers(0, 3),
+)
+def test_few_of_many_are_found_as_all_would_be_sorted(keys: list[int], room: int, seed: int) -> None:
+    digests = [seeded_digest(seed, b"%d" % key) for key in keys]
+    taken, left = set(), room
+    for digest in sorted(set(digests)):
+        if digests.count(digest) <= left:
+            taken.add(digest)
+            left -= digests.count(digest)
+    assert take_groups(b"".join(digests), room).tolist() == [digest in taken for digest in digests]

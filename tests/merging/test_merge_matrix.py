@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from posttrain.certify.weights import compare_weights, units
 from posttrain.errors import CheckpointError
 from posttrain.merging.merge import merge
 
@@ -182,6 +183,7 @@ def test_merged_files_are_the_live_model(
         assert merged.config.tie_word_embeddings is bool(report.tied)
         assert merged.config.vocab_size == KINDS[kind].get("resize_to", tiny.VOCABULARY)
         names.add(len(list((tmp_path / f"fp32-{size}").glob("*.safetensors"))))
+        assert off(tuned, merged, torch.float32) == []
     assert min(names) == 1 < max(names)
     exact = tensors(tmp_path / "fp32-1000000000")
     same(tensors(tmp_path / "fp32-9000"), exact)
@@ -194,8 +196,15 @@ def test_merged_files_are_the_live_model(
         for size, base in sources.items():
             merge(base, chain, tmp_path / f"bf16-{size}", "bfloat16", max_shard_size=size)
             same(tensors(tmp_path / f"bf16-{size}"), {name: tensor.bfloat16() for name, tensor in exact.items()})
-            error = tiny.relative(tiny.logits(tiny.load_base(tmp_path / f"bf16-{size}")), wanted)
-            assert error <= noise
+            rounded = tiny.load_base(tmp_path / f"bf16-{size}")
+            assert tiny.relative(tiny.logits(rounded), wanted) <= noise
+            assert off(tuned, rounded, torch.bfloat16) == []
+
+
+def off(tuned: PeftModel, merged: torch.nn.Module, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """What a certificate says of the numbers."""
+    found: list[dict[str, Any]] = compare_weights(units(tuned.get_base_model(), merged), dtype)["off"]
+    return found
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -106,6 +106,9 @@ def test_a_damaged_model_is_refused_by_name(
     damage(folder)
     with pytest.raises(CheckpointError, match=found):
         verify_model_files(folder / name)
+    if "tokenizer" in found:  # weights are loaded without one
+        load_base(folder / name, torch.float32, "cpu", "sdpa")
+        return
     with pytest.raises(CheckpointError, match=found):
         load_base(folder / name, torch.float32, "cpu", "sdpa")
 

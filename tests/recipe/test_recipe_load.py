@@ -224,3 +224,14 @@ def test_loading_is_light_and_fast(valid):
     ]
     assert {run[1] for run in runs} == {"[]"}
     assert min(float(run[0]) for run in runs) < 0.6  # CPU seconds; about 0.25 on a quiet machine
+
+
+def test_auto_pieces_are_the_same_as_none_given():
+    from posttrain.recipe.schema import Runtime
+
+    assert Runtime.model_validate({"micro_batch_tokens": "auto", "micro_batch_size": "auto"}) == Runtime()
+    assert Runtime.model_validate({"micro_batch_size": 3}).micro_batch_size == 3
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        Runtime.model_validate({"micro_batch_tokens": 0})
+    schema = Runtime.model_json_schema()["properties"]["micro_batch_tokens"]
+    assert {"const": "auto"} in schema["anyOf"]

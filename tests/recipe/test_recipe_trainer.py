@@ -233,6 +233,9 @@ def test_resolved_is_recipe_over_ours_over_installed():
     assert (resolved["learning_rate"], resolved["save_total_limit"], resolved[BATCH_SIZE]) == (1e-6, 2, 8)
     assert resolve_trainer("sft", {})["learning_rate"] == 2e-5
     assert resolve_trainer("pretrain", {})["learning_rate"] == 5e-5
+    assert resolve_trainer("sft", {}, adapter=True)["learning_rate"] == 2e-4
+    assert resolve_trainer("dpo", {}, adapter=True)["learning_rate"] == 5e-6
+    assert resolve_trainer("dpo", {"learning_rate": 3e-5}, adapter=True)["learning_rate"] == 3e-5
     assert not OWNED.keys() & resolved.keys()
     assert resolved["optim"] == "adamw_torch_fused"  # named, so that another torch does not change it unnoticed
     assert resolve_trainer("sft", {"optim": "sgd"})["optim"] == "sgd"

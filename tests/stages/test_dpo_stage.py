@@ -46,11 +46,16 @@ def settings(**more: Any) -> Dpo:
 
 
 def start(
-    run: Path, parent: str, name: str, should_stop: Callable[[], bool] = lambda: False, **trainer: Any
+    run: Path,
+    parent: str,
+    name: str,
+    should_stop: Callable[[], bool] = lambda: False,
+    runtime: dict[str, Any] | None = None,
+    **trainer: Any,
 ) -> tuple[Context, Callable[[], Summary]]:
     """A DPO stage that is ready to run."""
     fields = {"learning_rate": 1e-2, "max_steps": STEPS, "save_steps": 2, "logging_steps": 10, **trainer}
-    context = make_context(run, name, "dpo", fields, model=parent, should_stop=should_stop)
+    context = make_context(run, name, "dpo", fields, model=parent, should_stop=should_stop, runtime=runtime)
     return context, lambda: dpo.run(settings(), context)
 
 
@@ -67,6 +72,11 @@ def test_at_step_zero_the_policy_is_its_reference(run: Path, parent: str) -> Non
     assert proof["loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert summary.metrics["steps"] == STEPS
     assert len(rows_of_step(context.folder, 1)) == 4
+    assert summary.metrics["pairs"]["layout"] == "shared_prefix"
+    assert 0 < summary.metrics["pairs"]["saved_tokens"] < summary.metrics["pairs"]["plain_tokens"]
+    assert summary.metrics["attention"] == {"backend": "packed_sdpa", "skipped": {}}
+    assert summary.metrics["memory"]["measured_bytes"] > 1 << 26
+    assert summary.metrics["memory"]["predicted_bytes"] > 1 << 26
     if parent != "full":
         assert [link["label"] for link in summary.lineage["adapters"]] == [f"@{parent}", f"@dpo-{parent}"]  # type: ignore[index]
 
@@ -83,6 +93,16 @@ def test_the_record_names_the_template_that_was_trained(run: Path) -> None:
         assert artifact is not None
         assert artifact.record.summary["metrics"]["chat"] == expected
         assert sha256(artifact.folder / "chat_template.jinja") == expected["digest"]
+
+
+def test_both_layouts_train_to_the_same_loss(run: Path) -> None:
+    found = {}
+    for wanted in ("on", "off"):
+        _, go = start(run, "lora", f"layout-{wanted}", runtime={"share_prefix": wanted})
+        found[wanted] = go().metrics
+    assert [found[wanted]["pairs"]["layout"] for wanted in found] == ["shared_prefix", "packed"]
+    assert found["on"]["last_loss"] == pytest.approx(found["off"]["last_loss"], rel=1e-5)
+    assert len({cache.stem for cache in cache_of(run)}) >= 2  # each has references of its own path
 
 
 def cache_of(run: Path) -> set[Path]:

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from posttrain.artifact import RECORD, Record
 from posttrain.chat.templates import load_template
 from posttrain.data.rows import Origin, PairRow
-from posttrain.errors import PosttrainError
+from posttrain.errors import ChatError, PosttrainError, UserError
 from posttrain.evaluation.likelihood import preference
 from posttrain.models.lineage import Lineage, Link
 from posttrain.models.load import Adapter, add_adapter, load_base
@@ -227,3 +227,35 @@ def test_adapter_of_ours_is_scored_on_the_base_that_its_record_names(run_dir: Pa
     assert expected is not None
     assert pair["models"]["tuned"]["chosen"] == pytest.approx(expected.chosen, rel=1e-4)
     assert pair["models"]["plain"]["chosen"] != pytest.approx(expected.chosen, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["generate", "preference"])
+def test_system_text_is_folded_where_a_template_refuses_it(run_dir: Path, tmp_path: Path, kind: str) -> None:
+    chatml = find_bundled("chat_templates", "chatml").read_text(encoding="utf-8")
+    refuses = "{%- if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif -%}"
+    (run_dir / "strict.jinja").write_text(refuses + chatml, encoding="utf-8")
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    write_lines(run_dir / "system.jsonl", [{"prompt": prompt, "chosen": "yes", "rejected": "no"}])
+    suite = {"name": "asked", "kind": kind, "data": [{"path": "system.jsonl"}], "max_new_tokens": 2}
+    suite |= {"checks": [{"name": "stops", "kind": "stops"}]} if kind == "generate" else {}
+
+    def evaluate(**more: Any) -> Evaluate:
+        given = {"chat_template": "./strict.jinja", "models": {"base": "@base"}, "suites": [suite | more]}
+        return Evaluate.model_validate({"kind": "evaluate", **given})
+
+    with pytest.raises(ChatError, match=r"system\.jsonl:1: .*takes no system message"):
+        run(evaluate(), context(run_dir, tmp_path, evaluate()))
+    config = evaluate(system="fold")
+    assert run(config, context(run_dir, tmp_path, config)).failed == []
+    assert evaluate(system="keep") == evaluate()
+
+
+def test_system_text_cannot_be_folded_without_a_user(run_dir: Path, tmp_path: Path) -> None:
+    write_lines(run_dir / "alone.jsonl", [{"prompt": [{"role": "system", "content": "Be brief."}]}])
+    suite = {"name": "asked", "kind": "generate", "data": [{"path": "alone.jsonl"}], "system": "fold"}
+    config = Evaluate.model_validate(settings(suites=[suite]))
+    with pytest.raises(ChatError, match=r"alone\.jsonl:1: .*no user message follows"):
+        run(config, context(run_dir, tmp_path, config))
+    config = Evaluate.model_validate(settings(suites=[suite | {"kind": "bits_per_byte"}]))
+    with pytest.raises(UserError, match=r"suites\[0\]\.system: bits_per_byte reads plain text"):
+        run(config, context(run_dir, tmp_path, config))

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,12 @@ from typer.testing import CliRunner
 
 from posttrain import cli
 from posttrain.artifact import Artifact, DigestCache, Record, describe_files, sha256, write_record
+from posttrain.certify.comparison import Comparison, Mode
+from posttrain.certify.handoff import Output, merge_certified
 from posttrain.certify.probes import FILE, read_probes
 from posttrain.errors import CheckpointError, RecipeError, UserError
 from posttrain.models.files import files_of_model
+from posttrain.models.lineage import Lineage, Link
 from posttrain.models.load import load_base
 from posttrain.recipe.schema import Dpo, Merge, Sft
 from posttrain.stages import dpo, merge, sft
@@ -115,6 +119,38 @@ def test_the_original_base_is_measured_as_the_other_model_that_it_is(run: Path) 
     assert worse > 5 * better
 
 
+def test_auto_needs_room_for_both_before_it_begins(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (run / "base" / "model.safetensors").stat().st_size
+    slack = 64 << 20
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=slack + int(1.5 * size)))
+    _, folder = merged(run, "room-for-one", "qlora", base="dequantized", dtype="float32")
+    assert (folder / "model.safetensors").is_file()
+    with pytest.raises(CheckpointError, match="GB are free"):
+        merged(run, "room-for-two", "qlora", base="auto", dtype="float32")
+    assert not list((run / "room-for-two.partial").glob(".base-*"))
+
+
+def test_files_that_were_hashed_are_not_hashed_again_for_the_record(run: Path) -> None:
+    summary, folder = merged(run, "hashed", "lora")
+    assert summary.digests.keys() <= set(summary.files)
+    assert "model.safetensors" in summary.digests
+    assert describe_files(folder, summary.digests) == summary.digests
+
+
+def test_a_base_without_a_tokenizer_is_merged_in_both_modes(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "base", tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer*", "special*", "chat_*"))
+    bare = ("stage.json", FILE, "tokenizer*", "special*", "chat_*")
+    shutil.copytree(run / "lora", tmp_path / "lora", ignore=shutil.ignore_patterns(*bare))
+    lineage = Lineage(Link(tmp_path / "base", "base", None), (Link(tmp_path / "lora", "lora", None),))
+    probes = read_probes(run / "lora" / FILE)
+    modes: tuple[Mode, ...] = ("whole", "layers")
+    for mode in modes:
+        (tmp_path / mode).mkdir()
+        how = Comparison(probes, "cpu", mode=mode)
+        _, certificate = merge_certified(tmp_path / mode, lineage, Output("bfloat16"), how, lambda _: None)
+        assert certificate.failures == []
+
+
 @pytest.mark.parametrize("parent", ["lora", "dpo"])
 def test_layer_by_layer_gives_the_figures_of_whole_models(run: Path, parent: str) -> None:
     found = {}
@@ -163,7 +199,8 @@ def test_one_flipped_bit_after_the_merge_fails_the_certificate(
     original = handoff.merge_into
     monkeypatch.setattr(handoff, "merge_into", flip)
     summary, _ = merged(run, "flipped", "lora")
-    assert summary.failed == ["certificate: model.safetensors does not have the SHA-256 it was written with"]
+    assert summary.failed[0] == "certificate: model.safetensors does not have the SHA-256 it was written with"
+    assert "model.norm.weight" in summary.failed[1]  # the last tensor, whose numbers are looked at as well
     code, output, _ = command(str(run / "lora"), "--out", str(tmp_path / "out"))
     assert code == 1
     assert "certificate: fail" in output
@@ -323,6 +360,9 @@ def test_an_adapter_is_extracted_and_gives_the_model_back(run: Path, tmp_path: P
         ({"method": "slerp", "t": 0.5}, "inputs"),
         ({"extract": 4}, "--base-model"),
         ({"max_shard_size": "five"}, "five"),
+        ({"scales": (1.0, 0.5, 1.0)}, "twice"),
+        ({"scales": (0.1, 0.10000001)}, "twice"),
+        ({"scales": (float("nan"),)}, "not a number"),
         ({"base": "dequantized"}, "not quantised"),
     ],
 )

@@ -18,8 +18,10 @@ from posttrain.recipe.schema import Data
 from posttrain.stages import dpo, pretrain, sft
 from posttrain.stages.context import Context
 from posttrain.stages.conversation import Chat, open_chat
-from posttrain.stages.prepare import Prepared, prepare, schedule_rows, schedule_wrapped
+from posttrain.stages.prepare import Prepared, prepare
+from posttrain.stages.schedule import schedule_rows, schedule_wrapped
 from posttrain.training.dpo import dpo_step
+from posttrain.training.pairs import Pair
 from posttrain.training.sft import sft_step
 from tests.stages.stage_tiny import chats, make_context, preferences, write_lines
 from tests.training.spine_tiny import PAD, make_tokenizer, save_base
@@ -47,13 +49,15 @@ def data_of(*sources: Any, **more: Any) -> Data:
 
 def prepared_for(kind: str, run: Path, data: Data) -> Prepared[Any]:
     context = make_context(run, "stage", kind)
-    limit, cut = data.max_length, data.long_rows == "truncate"
     if kind == "pretrain":
-        wrapped = None if data.packing in (None, "wrap") else limit
-        return prepare(data, context, "text", lambda rows: pretrain._tokenise(rows, make_tokenizer(), wrapped, cut))
-    chat, module = chat_of(context), sft if kind == "sft" else dpo
-    want = "chat" if kind == "sft" else "pair"
-    return prepare(data, context, want, lambda rows: module.tokenise(rows, chat, data), module.prompt_of)
+        return prepare(data, context, pretrain.conversion(make_tokenizer(), data))
+    module = sft if kind == "sft" else dpo
+    return prepare(data, context, module.conversion(chat_of(context), data))
+
+
+def prompt_of(row: Any) -> bytes:
+    """What no row in training may share with one that is held out."""
+    return (row.prompt if isinstance(row, Pair) else row.ids[: int(np.argmax(row.labels != IGNORE))]).tobytes()
 
 
 def total(prepared: Prepared[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -133,7 +137,7 @@ def test_the_order_of_rows_does_not_depend_on_how_steps_are_cut(run: Path) -> No
         context = make_context(run, "stage", "sft", runtime=runtime)
         chat = chat_of(context)
         data = data_of("chats.jsonl")
-        prepared = prepare(data, context, "chat", lambda rows, c=chat, d=data: sft.tokenise(rows, c, d))
+        prepared = prepare(data, context, sft.conversion(chat, data))
         schedule = schedule_rows(prepared, context.trainer, context.seed)
         limit = context.runtime.micro_batch_tokens or 4096
         step = sft_step(schedule.rows_of(0), PAD, min(256, limit), limit, context.runtime.micro_batch_size)
@@ -222,13 +226,13 @@ def test_sources_of_one_name_are_told_apart(run: Path) -> None:
 def test_documents_end_with_the_end_of_sequence_and_spell_no_control_token() -> None:
     tokenizer = make_tokenizer()
     rows: list[TextRow | PairRow] = [TextRow("ab", None), TextRow("<|im_end|>", None)]  # type: ignore[arg-type]
-    results = pretrain._tokenise(rows, tokenizer, None, True)
+    results = list(pretrain._tokenise(rows, tokenizer, None, True))
     end = tokenizer.eos_token_id
-    assert [result.value.ids[-1] for result in results] == [end, end]
-    assert (results[1].value.ids == end).sum() == 1  # the text that spells it stays text
+    assert [result.ids[-1] for result in results] == [end, end]
+    assert results[1].ids.count(end) == 1  # the text that spells it stays text
     assert tokenizer("<|im_end|>")["input_ids"] == [end]  # the tokenizer is left as it was
-    short = pretrain._tokenise([TextRow("a" * 30, None)], tokenizer, 8, True)[0]  # type: ignore[arg-type]
-    assert (len(short.value), short.truncated) == (8, 23)
+    (short,) = pretrain._tokenise([TextRow("a" * 30, None)], tokenizer, 8, True)  # type: ignore[arg-type]
+    assert (len(short.ids), short.truncated) == (8, 23)
 
 
 @pytest.mark.contract(number=11)
@@ -244,11 +248,10 @@ def test_rows_held_out_are_counted_and_in_no_step(run: Path, kind: str) -> None:
     assert counted["held_out"] == len(prepared.held_out) == 7
     assert tokens["held_out"] > 0
     assert counted["trained"] == counted["in"] - 7 == sum(map(len, prepared.rows))
-    module = sft if kind == "sft" else dpo
-    prompts = {module.prompt_of(row) for row in prepared.held_out}
+    prompts = {prompt_of(row) for row in prepared.held_out}
     schedule = schedule_rows(prepared, {"global_batch_size": 4, "num_train_epochs": 2}, seed=1)
     trained = [row for step in range(schedule.steps) for row in schedule.rows_of(step)]
-    assert not prompts & {module.prompt_of(row) for row in trained}
+    assert not prompts & {prompt_of(row) for row in trained}
     assert [len(place) for place in prepared.places] == [len(source) for source in prepared.rows]
     assert [len(index) for index in prepared.usable] == [len(source) for source in prepared.rows]
     where = prepared.places[1][:, 1].tolist()
@@ -256,7 +259,7 @@ def test_rows_held_out_are_counted_and_in_no_step(run: Path, kind: str) -> None:
     shown = [decode(row.ids if kind == "sft" else row.prompt) for row in prepared.rows[1]]
     assert all(f"Question {at - 1}<" in text for at, text in zip(where, shown, strict=True))
     again = prepared_for(kind, run, data_of(first, f"many-{kind}.jsonl", held_out=7))
-    assert prompts == {module.prompt_of(row) for row in again.held_out}
+    assert prompts == {prompt_of(row) for row in again.held_out}
     default = prepared_for(kind, run, data_of(f"many-{kind}.jsonl"))
     assert (len(default.held_out), len(prepared_for(kind, run, data_of(first)).held_out)) == (1, 0)
 

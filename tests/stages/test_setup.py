@@ -9,7 +9,8 @@ import torch
 
 from posttrain.errors import PosttrainError, StageError
 from posttrain.stages.context import Context, ModelInput
-from posttrain.stages.setup import Machine, model_folder, set_up
+from posttrain.stages.parents import model_folder
+from posttrain.stages.setup import Machine, set_up
 from tests.stages.stage_tiny import make_context
 
 
@@ -53,8 +54,15 @@ def test_what_is_not_built_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_folder_is_taken_as_it_is_and_an_id_at_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
     monkeypatch.setattr(
-        "posttrain.stages.setup.fetch_model", lambda name, revision: asked.append((name, revision)) or tmp_path
+        "posttrain.stages.parents.fetch_model", lambda name, revision: asked.append((name, revision)) or tmp_path
     )
     assert model_folder(ModelInput("./here", tmp_path / "here")) == tmp_path / "here"
     assert model_folder(ModelInput("owner/name@v1", None, "abc")) == tmp_path
     assert asked == [("owner/name", "abc")]
+
+
+def test_an_attention_backend_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    for backend in ("flash_attention_2", "flash_attention_3", "flex_attention"):
+        with pytest.raises(StageError, match=f"{backend} runs on a GPU only") as raised:
+            set_up(context(tmp_path, attn_implementation=backend))
+        assert raised.value.todo == "set it to auto, sdpa or eager"

@@ -15,7 +15,8 @@ from posttrain.pretraining.rows import IGNORE
 from posttrain.recipe.schema import Data, Sft
 from posttrain.stages import dpo, sft
 from posttrain.stages.conversation import Chat, open_chat
-from posttrain.stages.prepare import Prepared, prepare, schedule_rows
+from posttrain.stages.prepare import Prepared, prepare
+from posttrain.stages.schedule import schedule_rows
 from tests.stages.stage_tiny import make_context, write_lines
 from tests.training.spine_tiny import END, save_base
 
@@ -67,8 +68,7 @@ def data_of(path: str, **more: Any) -> Data:
 
 def prepared_for(run: Path, data: Data, kind: str = "sft") -> Prepared[Any]:
     chat, module = chat_of(run), {"sft": sft, "dpo": dpo}[kind]
-    want = "chat" if kind == "sft" else "pair"
-    return prepare(data, make_context(run, "stage", kind), want, lambda rows: module.tokenise(rows, chat, data))
+    return prepare(data, make_context(run, "stage", kind), module.conversion(chat, data))
 
 
 def test_without_the_option_the_row_is_named_and_the_option_too(run: Path) -> None:

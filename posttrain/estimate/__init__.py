@@ -1,0 +1,1 @@
+"""What a training run needs, from its settings and its model's config alone: memory, time, energy, disk."""
