@@ -83,8 +83,9 @@ def test_a_worker_that_is_killed_is_an_error() -> None:
 
 
 PARENT = """
-import os, sys, time
+import os, signal, sys, time
 from posttrain.stages.workers import in_order
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts the tests in the background ignores it
 def work(number):
     open(f"{sys.argv[1]}/{os.getpid()}", "w").close()
     time.sleep(0.05)
@@ -98,7 +99,7 @@ def test_no_worker_outlives_its_parent(tmp_path: Path, number: int) -> None:
     wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
     workers = [int(path.name) for path in tmp_path.iterdir()]
     parent.send_signal(number)
-    parent.wait()
+    parent.wait(timeout=20)
     wait_until(lambda: not any(alive(pid) for pid in workers))
 
 
