@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from posttrain.estimate.devices import GpuModel
     from posttrain.pipeline.plan import Plan
     from posttrain.recipe.load import LoadedRecipe
+    from posttrain.stages.samples import Samples
 
 app = typer.Typer(
     name="posttrain",
@@ -100,6 +101,7 @@ def check(
     from posttrain.pipeline.plan import plan
     from posttrain.pipeline.plan_table import check_text
     from posttrain.pipeline.preflight import preflight
+    from posttrain.stages.samples import Samples
 
     if show is None and (stage_name or html):
         raise UserError("--stage" if stage_name else "--html", "does not say how many rows", "add e.g. --show 3")
@@ -113,10 +115,11 @@ def check(
     if not as_json:
         typer.echo(check_text(loaded, planned))
     planned.refuse()
-    preflight(loaded, planned)
+    samples = Samples()
+    preflight(loaded, planned, samples)
     if show:
         _show_rows(planned, show, stage_name, html)
-    _show_forecast(planned, device, as_json)
+    _show_forecast(planned, device, samples, as_json)
 
 
 @app.command()
@@ -248,6 +251,30 @@ def rehearse(
         shutil.rmtree(folder)  # kept when something failed: its logs are there
 
 
+@app.command("init")
+def init_(
+    model: Annotated[str | None, typer.Option("--model", help="Folder, or hub id (owner/name@revision).")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="File, folder or owner/name[:split]; twice for both: conversations, then pairs."),
+    ] = None,
+    task: Annotated[str | None, typer.Option("--task", help="sft, dpo or both.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="New YAML file.")] = None,
+) -> None:
+    """Write a commented recipe from four answers; asks for those that are missing."""
+    given = {"--model": model, "--data": data, "--task": task, "--out": out}
+    if (missing := [name for name, value in given.items() if not value]) and not sys.stdin.isatty():
+        raise UserError(", ".join(missing), "not given, and nobody is there to ask", "see posttrain init --help")
+    model = model or str(typer.prompt("model (folder, or owner/name of the hub)"))
+    task = task or str(typer.prompt("task (sft, dpo or both)", default="both"))
+    data = data or shlex.split(typer.prompt("data (for both: conversations, then pairs)"))
+    out = out or Path(typer.prompt("write to", default="recipe.yaml"))
+    from posttrain.draft import init_recipe
+
+    typer.echo("\n".join([*(draft := init_recipe(model, data, task, out)).chosen, f"wrote {draft.path}"]))
+    typer.echo(f"next: posttrain check {draft.path}, then posttrain rehearse {draft.path}")
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, with which editors complete and check them."""
@@ -323,12 +350,12 @@ def _load(recipe: str, overrides: list[str] | None) -> LoadedRecipe:
     return load_recipe(recipe, overrides or [], os.environ)
 
 
-def _show_forecast(planned: Plan, device: GpuModel | None, as_json: bool) -> None:
+def _show_forecast(planned: Plan, device: GpuModel | None, samples: Samples, as_json: bool) -> None:
     """Prints what a run needs; UserError where a stage will not fit the device that it is meant for."""
     from posttrain.pipeline.forecast import forecast, no_room
     from posttrain.pipeline.forecast_table import forecast_text
 
-    found = forecast(planned, device)
+    found = forecast(planned, device, samples)
     typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else f"\n{forecast_text(found)}")
     if found.too_large and found.device is not None and found.settled:
         raise UserError(found.device.name, no_room(found), "change the recipe, or name another device with --gpu")

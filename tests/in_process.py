@@ -13,7 +13,7 @@ from posttrain.stages.__main__ import Stop, complete
 from posttrain.stages.context import Events
 
 
-def run_in_process(loaded: LoadedRecipe, run_dir: Path) -> dict[str, Artifact]:
+def run_in_process(loaded: LoadedRecipe, run_dir: Path, until: str = "") -> dict[str, Artifact]:
     """Plans a fresh run and completes every stage here, as a stage process would; returns what they left."""
     run_dir.mkdir(parents=True, exist_ok=True)
     left = {}
@@ -25,4 +25,6 @@ def run_in_process(loaded: LoadedRecipe, run_dir: Path) -> dict[str, Artifact]:
         artifact = Artifact.read(run_dir / stage.stage)
         assert artifact is not None
         left[stage.stage] = artifact
+        if stage.stage == until:
+            break
     return left

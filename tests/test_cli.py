@@ -135,6 +135,7 @@ def test_check_shows_settings_without_running(project: Project) -> None:
     done = CliRunner().invoke(cli.app, ["check", str(project.recipe), "--runs-dir", str(project.runs)])
     assert done.exit_code == 0
     assert "demo: 4 stages, seed 42, fp32" in done.output
+    assert "learning_rate: 5e-06 (default)" in done.output  # of dpo, which trains an adapter
     assert not project.runs.exists()
 
 

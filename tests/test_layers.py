@@ -23,7 +23,7 @@ FLOORS: list[frozenset[str] | tuple[str, ...]] = [
     ("training",),
     frozenset({"certify", "evaluation", "report", "estimate", "doctor"}),
     ("stages",),
-    ("pipeline", "launch", "runs", "rehearse"),
+    ("pipeline", "launch", "runs", "rehearse", "draft"),
     ("cli",),
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

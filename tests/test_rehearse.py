@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from in_process import run_in_process
+from safetensors.torch import load_file
 
 from posttrain.artifact import Artifact
 from posttrain.console import Silent
@@ -217,7 +220,44 @@ def test_twins_keep_queries_per_key_head(model_id: str) -> None:
     assert (tiny["num_hidden_layers"], tiny["vocab_size"] % 8) == (2, 0)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+def features(name: str) -> set[tuple[str, str]]:
+    """What a recipe rehearses: architectures, methods and kinds of stages."""
+    found = set()
+    for stage in load_recipe(name, [], {}).recipe.stages.values():
+        found.add(("kind", stage.kind))
+        if stage.kind in ("sft", "dpo") and stage.method is not None:
+            found.add(("method", stage.method.kind))
+        if stage.kind == "sft" and (shape := known_shape(stage.model)):
+            found.add(("architecture", shape.architecture))
+    return found
+
+
+def one_for_each(names: list[str]) -> list[str]:
+    """A few recipes that have between them every feature of all; the one that adds most comes first."""
+    left, chosen = {name: features(name) for name in names}, []
+    while most := max(left, key=lambda name: len(left[name])) if any(left.values()) else "":
+        chosen.append(most)
+        covered = left[most]
+        left = {name: own - covered for name, own in left.items()}
+    return chosen
+
+
+FAST = one_for_each(RECIPES)
+
+
+def test_the_fast_rehearsals_miss_nothing() -> None:
+    every = set().union(*(features(name) for name in RECIPES))
+    assert set().union(*(features(name) for name in FAST)) == every
+    assert {value for key, value in every if key == "architecture"} >= {
+        "LlamaForCausalLM", "MistralForCausalLM", "GemmaForCausalLM", "Olmo2ForCausalLM", "OlmoeForCausalLM",
+        "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+    }  # fmt: skip
+    assert len(FAST) < len(RECIPES)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
+)
 def test_every_stage_of_every_recipe_goes_through(name: str, tmp_path: Path) -> None:
     """One process for all: each architecture, method and stage kind of the bundled recipes, for real."""
     rehearsal, _ = prepare(load_recipe(name, [], {}), tmp_path / "out")
@@ -226,6 +266,42 @@ def test_every_stage_of_every_recipe_goes_through(name: str, tmp_path: Path) -> 
     for name_of_stage, artifact in left.items():
         assert artifact.record.files, name_of_stage
     assert (tmp_path / "out" / "published" / "config.json").is_file()
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_experts_are_trained_and_merged(tmp_path: Path) -> None:
+    name = "olmoe-1b-7b-lora"
+    rehearsal, _ = prepare(load_recipe(name, ["stages.sft.trainer.learning_rate=1e-2"], {}), tmp_path / "out")
+    run_in_process(rehearsal, tmp_path / "run", until="instruct")
+    before = tensors(tmp_path / "out" / rehearsal.recipe.stages["sft"].model)
+    after = tensors(tmp_path / "run" / "instruct")
+    assert before.keys() == after.keys()
+    for part in ("gate_proj", "up_proj", "down_proj", "q_proj"):
+        own = [key for key in before if part in key]
+        assert own
+        moved = [key for key in own if not torch.equal(before[key], after[key])]
+        assert len(moved) > 0.7 * len(own), f"{part}: an expert that no token was sent to stays as it is"
+    routers = [key for key in before if key.endswith("mlp.gate.weight")]
+    assert len(routers) == 2
+    assert all(torch.equal(before[key], after[key]) for key in routers)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_the_balance_loss_is_a_setting(weight: float, tmp_path: Path) -> None:
+    """Logged where it is on; and the model that is saved generates, which it cannot with the switch left on."""
+    given = [f"stages.{stage}.trainer.router_aux_loss_coef={weight}" for stage in ("sft", "dpo")]
+    rehearsal, _ = prepare(load_recipe("olmoe-1b-7b-full", given, {}), tmp_path / "out")
+    run_in_process(rehearsal, tmp_path / "run", until="report")
+    for stage in ("sft", "dpo"):
+        folder = tmp_path / "run" / stage
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert all(("aux_loss" in line) == (weight > 0) for line in lines)
+        assert json.loads((folder / "config.json").read_text())["output_router_logits"] is False
+    first = json.loads((tmp_path / "run" / "dpo" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(math.log(2) + weight * first.get("aux_loss", 0.0), abs=1e-4)
 
 
 @pytest.mark.slow

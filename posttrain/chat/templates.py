@@ -128,9 +128,14 @@ def load_template(name_or_path: str, base_dir: Path) -> ChatTemplate:
         UserError: no bundled template of that name (the nearest are suggested).
         ChatError: the file is missing, empty, no text, or no Jinja (with the line).
     """
-    if "/" not in name_or_path and not name_or_path.endswith(_SUFFIXES):
+    if not names_file(name_or_path):
         return _load_bundled(name_or_path)
     return _read_own(base_dir / Path(name_or_path).expanduser())
+
+
+def names_file(name_or_path: str) -> bool:
+    """Whether a `chat_template` means a file, and not a bundled template (whose name may have a dot: `llama3.1`)."""
+    return "/" in name_or_path or name_or_path.endswith(_SUFFIXES)
 
 
 def read_folder_template(folder: Path) -> ChatTemplate | None:

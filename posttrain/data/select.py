@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from posttrain.data.messages import ROLES
 from posttrain.data.rows import ChatRow, PairRow, RawRow, Row, TextRow
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ def _bytes(text: str) -> bytes:
 def key_of(row: Row, by: Literal["row", "prompt"]) -> str:
     """Returns what groups a row: its prompt, or (`row`) its content.
 
-    A prompt is a conversation's first user turn, the messages of a pair's prompt, the field `prompt` of a
-    raw row where it has one, and otherwise the whole content.
+    A prompt is a conversation's first user turn, the messages of a pair's prompt, of a raw row what its
+    conversation would have (`prompt`, `messages`, `conversations` or `instruction`), and otherwise the whole content.
     """
     return _prompt(row) if by == "prompt" else _content(row)
 
@@ -76,8 +77,22 @@ def _prompt(row: Row) -> str:
         return next((message["content"] for message in row.messages if message["role"] == "user"), "")
     if isinstance(row, PairRow):
         return _text(row.prompt)
-    prompt = row.fields.get("prompt") if isinstance(row, RawRow) else None
+    prompt = _raw_prompt(row.fields) if isinstance(row, RawRow) else None
     return prompt if isinstance(prompt, str) else _content(row)
+
+
+def _raw_prompt(fields: dict[str, Any]) -> Any:
+    """The prompt of a row that was not converted: the text that its conversation would be grouped by."""
+    if isinstance(fields.get("prompt"), str):
+        return fields["prompt"]
+    for name in ("prompt", "messages", "conversations"):
+        turns = fields.get(name)
+        if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+            asked = (turn for turn in turns if ROLES.get(str(turn.get("role", turn.get("from")))) == "user")
+            return next((turn.get("content", turn.get("value")) for turn in asked), None)
+    parts = [fields.get("instruction"), fields.get("input")]
+    said = [part for part in parts if isinstance(part, str) and part.strip()]
+    return "\n".join(said) if isinstance(parts[0], str) and said else None
 
 
 def _content(row: Row) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from posttrain.data.messages import as_messages
 from posttrain.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def read_questions(
 
     Args:
         rows: `fields` by name, with their origin.
-        prompt_field: a text (one user turn) or a list of messages that ends with a user turn.
+        prompt_field: a text (one user turn) or a list of messages, of which answers at the end are left out.
 
     Raises:
         DataError: a field is missing or of the wrong type, at its file and row.
@@ -79,12 +80,26 @@ def _question(row: RawRow, prompt_field: str, rules: Sequence[CheckRule]) -> Que
     prompt = _field(row, prompt_field, where, "set `prompt_field` of the suite")
     if isinstance(prompt, str) and prompt.strip():
         messages = [{"role": "user", "content": prompt}]
-    elif isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt):
-        messages = prompt
+    elif (
+        isinstance(prompt, list)
+        and prompt
+        and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in prompt)
+    ):
+        messages = _asked(prompt, row, prompt_field)
     else:
         raise DataError(where, f"`{prompt_field}` is {_kind(prompt)}", "a prompt is a text or a list of messages")
     expected = {rule.name: _expected(row, rule, where) for rule in rules if rule.kind != "stops"}
     return Question(messages, expected, where)
+
+
+def _asked(prompt: list[dict[str, Any]], row: RawRow, column: str) -> list[dict[str, Any]]:
+    """The turns before the last answer, in the one spelling of messages."""
+    messages = prompt if all("role" in message for message in prompt) else as_messages(prompt, row.origin, column)
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise DataError(str(row.origin), f"`{column}` holds answers alone", "a prompt is a text or a list of messages")
+    return messages
 
 
 def _expected(row: RawRow, rule: CheckRule, where: str) -> Any:

@@ -38,10 +38,12 @@ class Attention:
     backend: str
     skipped: dict[str, str] = field(default_factory=dict)
     """Faster backends -> why they were not taken."""
+    masked: bool = False
+    """The decoder is given a mask of packed documents, since it makes none of its own."""
 
     def as_dict(self) -> dict[str, Any]:
         """For the record."""
-        return {"backend": self.backend, "skipped": self.skipped}
+        return {"backend": self.backend, "skipped": self.skipped, **({"masked": True} if self.masked else {})}
 
 
 def missing(backend: str, device: str, dtype: torch.dtype) -> str | None:
@@ -65,6 +67,8 @@ def choose_attention(
 ) -> Attention:
     """Sets the model to the fastest backend that is installed and keeps packed documents apart, or to the one asked.
 
+    An architecture that makes its mask without looking at position ids (Falcon) is given one, under sdpa.
+
     Args:
         asked: a backend, or `auto`.
         dtype: of compute; below fp32 the checks run under autocast, as training does.
@@ -80,9 +84,31 @@ def choose_attention(
         if reason is None:
             return Attention(backend, skipped)
         skipped[backend] = reason
+    if "sdpa" in skipped and shortest_window(model.config) is None:
+        hook = _decoder(model).register_forward_pre_hook(_mask_documents, with_kwargs=True)
+        if _try(model, "sdpa", dtype, vocabulary) is None:
+            return Attention("sdpa", skipped, masked=True)
+        hook.remove()
     found = "; ".join(f"{backend} {reason}" for backend, reason in skipped.items())
     todo = "set it to auto, sdpa or eager" if asked != "auto" else "train such a model without packing elsewhere"
     raise StageError("runtime.attn_implementation", found, todo)
+
+
+def _decoder(model: Any) -> torch.nn.Module:
+    """What every forward passes through, with or without the output matrix."""
+    return (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
+
+
+def _mask_documents(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Adds to position ids of packed rows [B, L] the mask that they mean, [B, 1, L, L] bool: causal, per document."""
+    positions = kwargs.get("position_ids")
+    if positions is None or kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+        return None
+    documents = (torch.diff(positions, prepend=positions[:, :1] - 1) != 1).cumsum(dim=1)
+    same = documents[:, :, None] == documents[:, None, :]
+    return args, {**kwargs, "attention_mask": same.tril()[:, None]}
 
 
 def _try(model: Any, backend: str, dtype: torch.dtype, vocabulary: int) -> str | None:

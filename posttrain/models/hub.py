@@ -122,10 +122,13 @@ def cached_commit(hub: HubId, kind: RepoKind = "model") -> str | None:
     return commit if _COMMIT.fullmatch(commit) and _snapshot(hub.id, commit, kind).is_dir() else None
 
 
-def fetch_model(hub_id: str, commit: str) -> Path:
+def fetch_model(hub_id: str, commit: str, weights: bool = True) -> Path:
     """Downloads a model's config, tokenizer and safetensors at a commit, and returns the folder in the cache.
 
     Code and pickled weights are never fetched.
+
+    Args:
+        weights: whether the safetensors are wanted too; a tokenizer alone needs none.
 
     Raises:
         UserError: it cannot be downloaded and is not in the cache.
@@ -136,29 +139,32 @@ def fetch_model(hub_id: str, commit: str) -> Path:
 
     where = f"{hub_id}@{commit}"
     try:
-        folder = Path(snapshot_download(hub_id, revision=commit, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        wanted = [name for name in _WANTED if weights or "safetensors" not in name]
+        folder = Path(snapshot_download(hub_id, revision=commit, allow_patterns=wanted, ignore_patterns=_UNWANTED))
     except (LocalEntryNotFoundError, HTTPError) as error:
         todo = (
             f"check the network and your access, or download it elsewhere: `hf download {hub_id} --revision {commit}`"
         )
         raise UserError(where, f"cannot be downloaded ({type(error).__name__})", todo) from None
-    if not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob("*.safetensors")):
         todo = "convert the checkpoint to safetensors; pickled weights can run code and are not read"
         raise CheckpointError(where, "has no *.safetensors file", todo)
     return folder
 
 
-def fetch_description(hub: HubId) -> Path | None:
+def fetch_description(hub: HubId, download: bool = True) -> Path | None:
     """Returns a folder with a model's config and tokenizer but no weights, or None where they cannot be had.
 
-    The cache is asked first, then the hub; a few megabytes may be downloaded.
+    The cache is asked first, then (with `download`) the hub; a few megabytes may be downloaded.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
-
     commit = cached_commit(hub)
     if commit and (_snapshot(hub.id, commit, "model") / "config.json").is_file():
         return _snapshot(hub.id, commit, "model")
+    if not download:
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+
     try:
         wanted, unwanted = [name for name in _WANTED if "safetensors" not in name], _UNWANTED
         folder = snapshot_download(hub.id, revision=resolve(hub), allow_patterns=wanted, ignore_patterns=unwanted)

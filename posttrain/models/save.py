@@ -22,6 +22,8 @@ def save_full(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
     model.save_pretrained(folder, state_dict=_cast(model.state_dict(), dtype))
     config = read_json(folder / "config.json")
     config["dtype"] = str(dtype).removeprefix("torch.")  # transformers writes the live model's
+    if "output_router_logits" in config:
+        config["output_router_logits"] = False  # on while a balance loss trains; generation with a cache fails with it
     write_atomically(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     readable(folder)
 

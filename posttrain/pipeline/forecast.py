@@ -10,37 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.artifact import Artifact
-from posttrain.data.files import source_files
 from posttrain.estimate import cost as costs
 from posttrain.estimate.activations import Pass
 from posttrain.estimate.devices import GpuModel, cpu_here, gpu_here
 from posttrain.estimate.memory import Memory, Piece, largest_micro_batch, predict
 from posttrain.estimate.remedies import Remedy, Setting, remedies
 from posttrain.estimate.weights import ITEM, is_known_optimizer, quantised, static_bytes
+from posttrain.pipeline.forecast_rows import Rows, rows_of
 from posttrain.pipeline.plan import Plan
 from posttrain.pipeline.shapes import Shapes, Standing
 from posttrain.stages.context import Job
+from posttrain.stages.samples import Samples
 
 TRAINING = ("pretrain", "sft", "dpo")
 _TOKENS = {"cpu": 2048, "cuda": 16384}
 _ROW_OF_DENSE_MASK = {"cpu": 256, "cuda": 2048}
 """As `posttrain.training.limits` has them, which imports torch; a test compares the two."""
 _DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
-_COUNTED = 64 << 20
-"""Bytes of local data up to which rows are counted."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What a training stage goes through; None where it is not known."""
-
-    steps: int | None
-    rows: int | None
-    """Rows of all steps: documents, pairs, or packed rows."""
-    tokens: int | None
-    dropped: int | None
-    source: str
-    """How the figures were come by: `record`, `settings`, `upper bound`, `unknown`."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +59,8 @@ class StageForecast:
         made = asdict(self)
         if self.memory is not None:
             made["memory"] |= {"allocated": self.memory.allocated, "device": self.memory.device}
+        if self.rows is not None:
+            made["rows"] |= {"dropped_share": self.rows.dropped_share}
         return made
 
 
@@ -104,17 +92,25 @@ class Forecast:
         }
 
 
-def forecast(planned: Plan, device: GpuModel | None) -> Forecast:
+def forecast(planned: Plan, device: GpuModel | None, samples: Samples | None = None) -> Forecast:
     """Estimates every stage of a plan.
 
     Args:
         device: what it shall run on; None: the GPU that is here, else the CPU where the recipe allows it.
+        samples: rows that `preflight` has read; others are read now.
+
+    Raises:
+        UserError: a row that was sampled is one that its stage would refuse.
     """
+    samples = samples or Samples()
     jobs = {stage.stage: stage.job for stage in planned.stages}
     shapes = Shapes(jobs)
     runtimes = [job.runtime for job in jobs.values()]
     chosen = device or device_here(runtimes)
-    made = [_training(job, shapes, chosen) if job.kind in TRAINING else _other(job, shapes) for job in jobs.values()]
+    made = [
+        _training(job, shapes, chosen, samples) if job.kind in TRAINING else _other(job, shapes)
+        for job in jobs.values()
+    ]
     settled = device is not None or (chosen is not None and chosen.kind == "cuda")
     return Forecast(planned.run_dir.name, chosen, tuple(made), settled)
 
@@ -128,8 +124,8 @@ def device_here(runtimes: Sequence[Mapping[str, Any]]) -> GpuModel | None:
     return None if "cuda" in wanted else cpu_here()
 
 
-def _training(job: Job, shapes: Shapes, device: GpuModel | None) -> StageForecast:
-    standing = shapes.left(job.stage) if "init" in job.config else shapes.read(job)
+def _training(job: Job, shapes: Shapes, device: GpuModel | None, samples: Samples) -> StageForecast:
+    standing = shapes.left(job.stage) if job.kind == "pretrain" else shapes.read(job)
     if standing is None:
         return StageForecast(
             job.stage, job.kind, notes=(shapes.missing.get(job.stage, "its model's shape is unknown"),)
@@ -145,8 +141,8 @@ def _training(job: Job, shapes: Shapes, device: GpuModel | None) -> StageForecas
     piece = replace(piece, row_tokens=min(piece.tokens, max(setting.row_tokens or piece.tokens, setting.longest)))
     memory = predict(model, setting.how, setting.optim, piece)
     static = static_bytes(model, method, setting.how.precision, setting.optim)
-    rows = _rows(job)
-    notes = _notes(job, standing, setting, device)
+    rows = rows_of(job, shapes.jobs, samples)
+    notes = [*_notes(job, standing, setting, device), *_too_many_dropped(job, rows)]
     spent = _cost(job, setting, rows, device)
     return StageForecast(
         stage=job.stage,
@@ -202,51 +198,6 @@ def _tokens(job: Job, setting: Setting, largest: int | None) -> int:
     return max(min(tokens, batch), setting.longest)
 
 
-def _rows(job: Job) -> Rows:
-    """Steps, rows and tokens of a stage: from its own record, else from its settings and its local data."""
-    done = Artifact.read(Path(job.run_dir) / job.stage)
-    if done is not None and done.record.fingerprint == job.fingerprint and done.record.ledger is not None:
-        total, steps = done.record.ledger["total"], done.record.summary["metrics"].get("steps")
-        tokens = total["tokens"]["trained"] + total["tokens"]["masked"]
-        seen = steps * int(job.trainer["global_batch_size"]) if steps is not None else None
-        epochs = max(1.0, seen / max(total["rows"]["trained"], 1)) if seen and not _wraps(job) else 1.0
-        epochs = float(job.trainer["num_train_epochs"]) if _wraps(job) and not _most(job) else epochs
-        return Rows(steps, seen, round(tokens * epochs), sum(total["rows"]["dropped"].values()), "record")
-    batch, most = int(job.trainer["global_batch_size"]), _most(job)
-    length = int(job.config["data"]["max_length"]) * (2 if job.kind == "dpo" else 1)
-    if most:
-        return Rows(most, most * batch, most * batch * length, None, "settings" if _wraps(job) else "upper bound")
-    counts = [_count(source) for source in job.config["data"]["sources"]]
-    if _wraps(job) or any(count is None for count in counts):
-        return Rows(None, None, None, None, "unknown")
-    rows = round(sum(count or 0 for count in counts) * float(job.trainer["num_train_epochs"]))
-    return Rows(math.ceil(rows / batch), rows, rows * length, None, "upper bound")
-
-
-def _wraps(job: Job) -> bool:
-    packing = job.config["data"].get("packing")
-    return packing == "wrap" or (packing is None and job.kind == "pretrain")
-
-
-def _most(job: Job) -> int:
-    return max(int(job.trainer.get("max_steps") or 0), 0)
-
-
-def _count(source: Mapping[str, Any]) -> int | None:
-    """Rows that a source gives an epoch: exact where the recipe says, else lines of its local JSON Lines."""
-    if source.get("rows"):
-        return int(source["rows"])
-    path = Path(source["path"])
-    if not path.is_absolute() or not path.exists() or source.get("select"):
-        return None
-    files = source_files(path)
-    if any(file.suffix != ".jsonl" for file in files) or sum(file.stat().st_size for file in files) > _COUNTED:
-        return None
-    lines = sum(sum(1 for line in file.read_bytes().splitlines() if line.strip()) for file in files)
-    weight = source.get("weight")
-    return round(lines * (1.0 if weight is None else float(weight)))
-
-
 def _cost(job: Job, setting: Setting, rows: Rows, device: GpuModel | None) -> costs.Cost:
     length = setting.longest / (2 if job.kind == "dpo" else 1)
     recompute = setting.piece.checkpointing
@@ -256,7 +207,8 @@ def _cost(job: Job, setting: Setting, rows: Rows, device: GpuModel | None) -> co
     seen = _throughput(job, device)
     if rows.tokens is None:
         return costs.Cost(flops, None, None, "how many tokens there are is not known before the rows are read")
-    return costs.cost(flops, rows.tokens, device, seen)
+    passed = rows.tokens - (rows.shared or 0) if rows.source == "record" else rows.tokens  # a record knows if it shared
+    return costs.cost(flops, passed, device, seen)
 
 
 def _throughput(job: Job, device: GpuModel | None) -> float | None:
@@ -319,6 +271,14 @@ def _notes(job: Job, standing: Standing, setting: Setting, device: GpuModel | No
     if device is not None and not device.bf16 and job.precision == "bf16":
         notes.append(f"{device.name} has no bf16: set precision: fp16")
     return notes
+
+
+def _too_many_dropped(job: Job, rows: Rows) -> list[str]:
+    """What a sample foretells; where all rows were looked at, the ledger has refused them by now."""
+    most = float(job.config["data"]["max_dropped"])
+    if rows.exact or rows.dropped_share is None or rows.dropped_share <= most:
+        return []
+    return [f"about {rows.dropped_share:.1%} of its rows will be dropped, more than max_dropped allows ({most:g})"]
 
 
 def no_room(found: Forecast) -> str:

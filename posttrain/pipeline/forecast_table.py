@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from posttrain.console import duration
 from posttrain.pipeline.forecast import Forecast, StageForecast, no_room
+from posttrain.pipeline.forecast_rows import Rows
 
 GIB, GB = 1 << 30, 10**9
 _HEAD = ("stage", "params", "trained", "memory", "piece", "largest", "steps", "tokens", "time", "disk")
@@ -31,7 +32,8 @@ def forecast_text(found: Forecast) -> str:
 
 def _row(stage: StageForecast) -> tuple[str, ...]:
     rows, memory = stage.rows, stage.memory
-    bound = "<=" if rows is not None and rows.source == "upper bound" else ""
+    bound = _bound(rows)
+    steps = "~" if bound == "~" else ""
     return (
         stage.stage,
         _count(stage.parameters),
@@ -39,10 +41,19 @@ def _row(stage: StageForecast) -> tuple[str, ...]:
         f"{memory.device / GIB:.1f} GiB" if memory is not None else "",
         _count(stage.piece.tokens) if stage.piece is not None else "",
         "none" if stage.fits is False else _count(stage.largest),
-        f"{rows.steps:,}" if rows is not None and rows.steps is not None else "",
+        f"{steps}{rows.steps:,}" if rows is not None and rows.steps is not None else "",
         f"{bound}{_count(rows.tokens)}" if rows is not None and rows.tokens is not None else "",
         f"{bound if stage.time_source != 'measured' else ''}{duration(stage.seconds)}" if stage.seconds else "",
         _size(stage.disk),
+    )
+
+
+def _bound(rows: Rows | None) -> str:
+    """The mark of figures that are not counted."""
+    if rows is None:
+        return ""
+    return (
+        "<=" if rows.source == "upper bound" else "~" if rows.source in ("sample", "store") and not rows.exact else ""
     )
 
 
@@ -62,10 +73,30 @@ def _sentences(found: Forecast) -> list[str]:
         if stage.piece is not None and stage.largest is not None and stage.piece.tokens > stage.largest:
             lines.append(f"{stage.stage}: pieces of {stage.piece.tokens} tokens do not fit, {stage.largest} do")
         lines += [f"{stage.stage}: {note}" for note in stage.notes]
-        if stage.rows is not None and stage.rows.source == "unknown":
-            lines.append(f"{stage.stage}: rows and tokens are not known before its data are read")
-        elif stage.rows is not None and stage.rows.source == "upper bound":
-            lines.append(f"{stage.stage}: tokens as if every row had max_length, which is the most")
+        lines += [f"{stage.stage}: {said}" for said in (_of_rows(stage.rows) if stage.rows is not None else [])]
+    return lines
+
+
+def _of_rows(rows: Rows) -> list[str]:
+    """How the rows of a stage are known, what is dropped of them, and what pairs share."""
+    lines = {
+        "unknown": ["rows and tokens are not known before its data are read"],
+        "upper bound": ["tokens as if every row had max_length, which is the most"],
+        "store": ["tokens as they lie in the run's store"],
+        "sample": [f"tokens of a sample of {rows.sampled:,} rows" if rows.sampled is not None else ""],
+    }.get(rows.source, [])
+    if rows.source in ("sample", "store"):
+        if rows.supervised is not None and rows.tokens:
+            lines[0] += f", {rows.supervised / rows.tokens:.0%} of them with loss"
+        lines[0] += f", the longest row seen {rows.longest:,}"
+    if rows.dropped and rows.rows_in and rows.reasons:
+        about = _bound(rows)
+        why = "; ".join(f"{reason} ({about}{count:,})" for reason, count in rows.reasons.items() if count)
+        lines.append(
+            f"{about}{rows.dropped:,} of {about}{rows.rows_in:,} rows dropped ({rows.dropped_share:.1%}): {why}"
+        )
+    if rows.shared and rows.tokens:
+        lines.append(f"without the prefixes that pairs share {_bound(rows)}{_count(rows.tokens - rows.shared)} tokens")
     return lines
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.artifact import fingerprint
-from posttrain.chat.templates import load_template
+from posttrain.chat.templates import load_template, names_file
 from posttrain.errors import ChatError, UserError
 from posttrain.pipeline.inputs import Input, Inputs
 from posttrain.recipe.load import LoadedRecipe
@@ -153,9 +153,7 @@ def _sources(
 
 def _template(name: str, inputs: Inputs, where: str) -> str:
     """A bundled template's bare name as it stands; a `.jinja` file as an absolute path."""
-    if "/" not in name and "." not in name:
-        return name
-    return str(inputs.path(Path(name), where))
+    return str(inputs.path(Path(name), where)) if names_file(name) else name
 
 
 def _template_digest(name: str, inputs: Inputs, where: str) -> str:

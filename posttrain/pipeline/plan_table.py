@@ -28,6 +28,9 @@ def check_text(loaded: LoadedRecipe, planned: Plan) -> str:
     for stage in planned.stages:
         lines += ["", f"{stage.stage} ({stage.job.kind})"]
         lines += [f"  {line}" for line in _settings(stage.identity, stage.job.spelled_inputs())]
+        if "learning_rate" in stage.job.trainer:
+            given = "learning_rate" in recipe.stages[stage.stage].model_dump().get("trainer", {})
+            lines.append(f"  learning_rate: {stage.job.trainer['learning_rate']:g}{'' if given else ' (default)'}")
     lines += ["", plan_text(planned)]
     if planned.pins.unreachable:
         lines += ["", "no network, and no copy in the cache: a run needs these first, here only their names are known"]

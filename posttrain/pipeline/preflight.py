@@ -33,6 +33,7 @@ from posttrain.recipe.load import LoadedRecipe
 from posttrain.recipe.schema import Method, Source, Suite
 from posttrain.stages.context import Job
 from posttrain.stages.parents import resolve_method, template_is_settled
+from posttrain.stages.samples import Samples
 from posttrain.stages.sources import WANTED, source_spec
 
 
@@ -96,8 +97,11 @@ class _Problems:
             raise problems[0] if len(problems) == 1 else RecipeErrors(problems)
 
 
-def preflight(loaded: LoadedRecipe, planned: Plan) -> Validated:
+def preflight(loaded: LoadedRecipe, planned: Plan, samples: Samples | None = None) -> Validated:
     """Reads the local inputs of every stage that a plan runs, writing nothing; returns what is worth remembering.
+
+    Args:
+        samples: keeps some rows of every training source that is read.
 
     Raises:
         UserError: what the stage itself would refuse, with its place; RecipeErrors when there are several.
@@ -114,7 +118,7 @@ def preflight(loaded: LoadedRecipe, planned: Plan) -> Validated:
                 elif given["ref"][1:] in finished:
                     lineage_of(Path(given["folder"]), given["ref"])  # its own files were proved by its record
         if "data" in stage.job.config:
-            _check_data(stage.job, validated, problems)
+            _check_data(stage.job, validated, problems, samples)
         for number in range(len(stage.job.config.get("suites", ()))):
             with problems.noted():
                 _check_suite(stage.job, number, validated)
@@ -202,7 +206,7 @@ def _check_tokens(folder: Path, template: ChatTemplate, config: dict[str, Any], 
         raise ChatError(str(folder / "tokenizer.json"), found, "give the tokenizer that the model was trained with")
 
 
-def _check_data(job: Job, validated: Validated, problems: _Problems) -> None:
+def _check_data(job: Job, validated: Validated, problems: _Problems, samples: Samples | None) -> None:
     """Reads the local sources of a training stage; where all of them are local, judges what reading drops."""
     data, ledger, whole = job.config["data"], Ledger(), True
     seen = {"sources": job.identity["data"]["sources"], "max_dropped": data["max_dropped"]}
@@ -214,6 +218,8 @@ def _check_data(job: Job, validated: Validated, problems: _Problems) -> None:
                 whole = whole and rows is not None
                 if rows is not None:
                     ledger.read(str(source["path"]), rows.rows_in, rows.dropped)
+                    if samples is not None:
+                        samples.keep(job.kind, Source.model_validate(source), Path(job.recipe_dir), rows)
         errors.refuse()
         if unknown and whole:
             ledger.check_dropped(data["max_dropped"])

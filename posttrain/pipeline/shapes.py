@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,11 @@ class Shapes:
             return self._from_scratch(job)
         label = "model" if "model" in job.inputs else next(iter(job.inputs))
         standing = self.read(job, label)
+        if standing is not None and job.kind == "pretrain" and "tokenizer" in job.config:
+            entries = self._entries(job)
+            multiple = 64 if standing.architecture.vocabulary % 64 == 0 else _MULTIPLE
+            rows = -(-entries // multiple) * multiple if entries is not None else None
+            return replace(standing, architecture=standing.architecture.with_vocabulary(rows)) if rows else None
         if standing is None or job.kind not in ("sft", "dpo"):
             return Standing(standing.architecture) if standing is not None and job.kind == "merge" else standing
         method = self.method(job, standing)
@@ -89,21 +94,29 @@ class Shapes:
         return Method(own, standing.adapters, kind == "qlora", double)
 
     def _from_scratch(self, job: Job) -> Standing | None:
-        tokenizer, size = job.config["tokenizer"], job.config["init"]
-        if isinstance(tokenizer, dict):
-            entries, reserved = int(tokenizer["vocab_size"]), len(tokenizer["reserved_tokens"])
-        else:
-            path = Path(job.inputs["tokenizer"]["folder"] or ".") / "tokenizer.json"
-            if not path.is_file():
-                self.missing[job.stage] = "its tokenizer is not on this machine, so its vocabulary is not known"
-                return None
-            told = json.loads(path.read_text(encoding="utf-8"))
-            entries = len({*told["model"]["vocab"], *(token["content"] for token in told.get("added_tokens", []))})
-            reserved = 0
+        entries, tokenizer = self._entries(job), job.config["tokenizer"]
+        if entries is None:
+            return None
         rows = -(-entries // _MULTIPLE) * _MULTIPLE
-        return Standing(
-            architecture_of({"model_type": "llama", "vocab_size": rows, **size}, job.stage), (), False, True, reserved
-        )
+        sizes = {"model_type": "llama", "vocab_size": rows, **job.config["init"]}
+        reserved = len(tokenizer["reserved_tokens"]) if isinstance(tokenizer, dict) else 0
+        return Standing(architecture_of(sizes, job.stage), (), False, True, reserved)
+
+    def _entries(self, job: Job) -> int | None:
+        """Entries of the tokenizer that a `pretrain` stage gives its model."""
+        tokenizer = job.config["tokenizer"]
+        if isinstance(tokenizer, dict):
+            return int(tokenizer["vocab_size"])
+        given = job.inputs["tokenizer"]
+        if given["ref"][1:] in self.jobs and given["ref"].startswith("@"):
+            standing = self.left(given["ref"][1:])
+            return standing.architecture.vocabulary if standing is not None else None
+        path = Path(given["folder"] or ".") / "tokenizer.json"
+        if not path.is_file():
+            self.missing[job.stage] = "its tokenizer is not on this machine, so its vocabulary is not known"
+            return None
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return len({*told["model"]["vocab"], *(token["content"] for token in told.get("added_tokens", []))})
 
 
 def _adapter(settings: Mapping[str, Any], dora: bool, untrained: int) -> AdapterShape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -74,6 +74,34 @@ def save_order(folder: Path, order: Order, sources: list[str], files: list[str],
         places=table,
     )
     os.replace(temporary, folder / FILE)
+
+
+def publish_order(source: Path, target: Path) -> None:
+    """Copies the order of a folder into another, its data files under names that tell nothing of this machine.
+
+    A file from the hub is `owner/name@commit/path`; a local one has its name, with as many of the folders above it as
+    keep it apart from the others.
+    """
+    with np.load(source / FILE, allow_pickle=False) as saved:
+        arrays = dict(saved)
+    arrays["files"] = np.asarray(_public_names([str(file) for file in arrays["files"]]))
+    temporary = target / f".{FILE}.tmp.npz"
+    np.savez_compressed(temporary, **arrays)
+    os.replace(temporary, target / FILE)
+
+
+def _public_names(files: list[str]) -> list[str]:
+    parts = [PurePath(file).parts for file in files]
+    found = []
+    for own in parts:
+        cached = next((at for at, part in enumerate(own) if part.startswith("datasets--")), None)
+        if cached is not None and own[cached + 1 : cached + 2] == ("snapshots",):
+            name = own[cached].removeprefix("datasets--").replace("--", "/", 1)
+            found.append(f"{name}@{'/'.join(own[cached + 2 :])}")
+            continue
+        enough = (n for n in range(1, len(own)) if sum(other[-n:] == own[-n:] for other in parts) == 1)
+        found.append("/".join(own[-next(enough, len(own)) :]))
+    return found
 
 
 def rows_of_step(folder: Path, step: int) -> list[tuple[str, str, int]]:

@@ -189,13 +189,13 @@ class Store:
                     last = place
                     yield prompt
 
-    def seen(self, vocabulary: int) -> np.ndarray:
-        """Which ids stand in any row, [vocabulary] bool."""
-        seen = np.zeros(vocabulary, dtype=bool)
+    def occurrences(self, vocabulary: int) -> np.ndarray:
+        """How often each id stands in the rows, [vocabulary] int64."""
+        counts = np.zeros(vocabulary, dtype=np.int64)
         with (self.folder / "ids.bin").open("rb") as file:
             while len(ids := np.fromfile(file, dtype="<i4", count=_SCANNED)):
-                seen[ids] = True
-        return seen
+                counts += np.bincount(ids, minlength=vocabulary)
+        return counts
 
 
 def _mapped(path: Path, kind: str, width: int) -> np.ndarray:

@@ -23,6 +23,8 @@ def references(stage: Stage) -> dict[KeyPath, str]:
         found |= {("models", name): model for name, model in stage.models.items()}
     if isinstance(stage, (Pretrain, Sft, Dpo, Merge, Publish)) and stage.model is not None:
         found[("model",)] = stage.model
+    if isinstance(stage, Pretrain) and isinstance(stage.tokenizer, str):
+        found[("tokenizer",)] = stage.tokenizer
     if isinstance(stage, Merge) and stage.base_model is not None:
         found[("base_model",)] = stage.base_model
     if isinstance(stage, Publish) and stage.report is not None:

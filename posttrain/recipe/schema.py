@@ -215,13 +215,24 @@ class Pretrain(Stage):
     """Checkpoint to continue; absent = from scratch with `init` and `tokenizer`."""
     init: ModelInit | None = None
     tokenizer: TokenizerTraining | str | None = None
-    """A tokenizer to train, or the folder of one."""
+    """A tokenizer to train, or the model (folder, hub id, `@stage`) whose own is taken; replaces that of `model`."""
+    new_rows: Literal["mean"] | None = None
+    """With `model` and `tokenizer`: what rows of tokens begin as that the model does not know. Default: mean."""
     data: Data
     trainer: dict[str, Json] = {}
     snapshots: Snapshots | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _swap_is_spelled_out(cls, value: Json) -> Json:
+        if isinstance(value, dict) and value.get("model") is not None and value.get("tokenizer") is not None:
+            return {**value, "new_rows": value.get("new_rows") or "mean"}  # absent or not, it is the same stage
+        return value
+
     @model_validator(mode="after")
     def _scratch_or_continue(self) -> Pretrain:
+        if self.new_rows is not None and (self.model is None or self.tokenizer is None):
+            raise ValueError("`new_rows` is about a `model` that gets another `tokenizer`: give both, or leave it out")
         if (self.model is None) == (self.init is None):
             raise ValueError("give `model` (continue a checkpoint) or `init` (from scratch), exactly one")
         if self.init is not None and self.tokenizer is None:
@@ -365,6 +376,13 @@ class Publish(Stage):
     license: str | None = None
     report: str | None = None
     """`@stage` of an evaluation whose table goes into the card."""
+    snapshots: bool | None = None
+    """Also the model's snapshots, with the data order: folders `snapshots/step-N`; on the hub, branches `step-N`."""
+
+    @field_validator("snapshots")
+    @classmethod
+    def _default_is_absent(cls, value: bool | None) -> bool | None:
+        return value or None
 
 
 AnyStage = Annotated[Pretrain | Sft | Dpo | Merge | Evaluate | Publish, Field(discriminator="kind")]

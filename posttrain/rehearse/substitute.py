@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.chat.templates import names_file
 from posttrain.data.read import locate
-from posttrain.models.hub import StageRef, parse_reference
+from posttrain.models.hub import LocalPath, StageRef, parse_reference
 from posttrain.models.twin import tiny_config
 from posttrain.recipe.environment import escape
 from posttrain.recipe.yaml12 import dump
@@ -75,8 +76,8 @@ class _Substitution:
         stage.pop("runtime", None)
         for key in ("model", "tokenizer", "base_model"):
             if isinstance(stage.get(key), str):
-                stage[key] = self._model(stage[key], f"stages.{name}.{key}")
-        if _is_file(stage.get("chat_template")):
+                stage[key] = self._model(stage[key], f"stages.{name}.{key}", weights=key != "tokenizer")
+        if stage.get("chat_template") and names_file(stage["chat_template"]):
             stage["chat_template"] = str((self.recipe_dir / stage["chat_template"]).resolve())
         if "trainer" in stage or "data" in stage:
             self._training(name, kind, stage)
@@ -132,10 +133,12 @@ class _Substitution:
             self.notes.append(f"upload of {name}: none, to a folder only")
         stage["to"] = str(self.out_dir / "published")
 
-    def _model(self, text: str, where: str) -> str:
+    def _model(self, text: str, where: str, weights: bool = True) -> str:
         reference = parse_reference(text)
         if isinstance(reference, StageRef):
             return text
+        if isinstance(reference, LocalPath) and not weights:
+            return self._spelled((self.recipe_dir / reference.path).resolve())  # small as it is
         return self._spelled(self.twins.of(reference, where))
 
     def _source(
@@ -184,10 +187,6 @@ def _hide(recipe: dict[str, Any], given: dict[str, Any], secrets: dict[KeyPath, 
 def _tiny_init(init: dict[str, Any]) -> dict[str, Any]:
     tiny = tiny_config({"num_key_value_heads": init["num_attention_heads"], **init}, vocab_size=0)
     return {key: tiny[key] for key in {**init, "num_key_value_heads": None} if key in tiny}
-
-
-def _is_file(template: str | None) -> bool:
-    return template is not None and ("/" in template or template.endswith((".jinja", ".jinja2", ".j2")))
 
 
 def _write_rows(rows: list[dict[str, Any]], path: Path) -> Path:

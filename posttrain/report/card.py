@@ -44,6 +44,10 @@ class Card:
     end_of_turn: str | None = None
     repository: str | None = None
     """Hub repository the model will lie in; the usage snippet names it."""
+    chats: bool = True
+    """Whether it has a chat template; a base model continues texts."""
+    snapshots: Sequence[int] = ()
+    """Optimizer steps whose models are published beside it."""
 
 
 def model_card(card: Card) -> str:
@@ -54,6 +58,7 @@ def model_card(card: Card) -> str:
     for record in card.records:
         if record.ledger is not None or "data" in record.identity:
             parts += ["", f"### {record.stage} ({record.kind})", "", *_training(record)]
+    parts += _snapshots(card)
     parts += _certificates(card.records)
     parts += ["", "## Evaluation", "", *_evaluation(card.report)]
     parts += ["", "## Made with", "", *_machine(card.records)]
@@ -87,15 +92,19 @@ def _origin(card: Card) -> str:
 
 def _usage(card: Card) -> list[str]:
     where = card.repository or "PATH_OF_THIS_FOLDER"
+    if not card.chats:
+        return [
+            *_loading(where),
+            'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+            "text = model.generate(**inputs, max_new_tokens=64)",
+            "print(tokenizer.decode(text[0], skip_special_tokens=True))",
+            "```",
+            "",
+            "A base model: it continues texts, and has no chat template. `sha256sum -c SHA256SUMS` checks the files.",
+        ]
     stop = f" Generation stops at `{card.end_of_turn}`, set in `generation_config.json`." if card.end_of_turn else ""
     return [
-        "## How to use",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{where}")',
-        f'model = AutoModelForCausalLM.from_pretrained("{where}")',
+        *_loading(where),
         'messages = [{"role": "user", "content": "Hello!"}]',
         "inputs = tokenizer.apply_chat_template(",
         '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
@@ -105,6 +114,50 @@ def _usage(card: Card) -> list[str]:
         "```",
         "",
         f"The chat template is `chat_template.jinja`.{stop} `sha256sum -c SHA256SUMS` checks the files.",
+    ]
+
+
+def _loading(where: str) -> list[str]:
+    return [
+        "## How to use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{where}")',
+        f'model = AutoModelForCausalLM.from_pretrained("{where}")',
+    ]
+
+
+def _snapshots(card: Card) -> list[str]:
+    if not card.snapshots:
+        return []
+    last = card.snapshots[-1]
+    place = (
+        f'`from_pretrained("{card.repository}", revision="step-{last}")`'
+        if card.repository
+        else f'`from_pretrained("snapshots/step-{last}")`'
+    )
+    where = "a branch" if card.repository else "a folder `snapshots/step-N`"
+    return [
+        "",
+        "## Snapshots",
+        "",
+        f"The model at {len(card.snapshots)} points of its training, each in {where}: {place}. "
+        f"Steps: {', '.join(map(str, card.snapshots))}.",
+        "",
+        "`data_order.npz` holds the rows of every step, in the order of training (step 0 is before the first); the "
+        "model after step N has seen those of steps 1 to N. `metrics.jsonl` is the log. To look up a step:",
+        "",
+        "```python",
+        "from pathlib import Path",
+        "from posttrain.pretraining.order import rows_of_step",
+        "",
+        f'rows_of_step(Path("."), {max(last, 1)})  # [(source, file, row of the file), …]',
+        "```",
+        "",
+        "Without posttrain: `items[offsets[N - 1]:offsets[N]]` are the (source, row) pairs of step N, and "
+        "`places[starts[source] + row]` is (index into `files`, row of that file).",
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,21 +9,19 @@ import torch
 
 from posttrain.artifact import Artifact
 from posttrain.certify.reference import loss_at_zero, step_zero_problems
-from posttrain.chat.render import render_pairs
-from posttrain.chat.system import fold_system
-from posttrain.data.rows import Message, PairRow
-from posttrain.errors import ChatError, Interrupted, StageError
+from posttrain.errors import Interrupted, StageError
 from posttrain.models.lineage import Lineage, lineage_of
 from posttrain.models.load import DTYPE_NAMES
 from posttrain.pretraining.loop import Step
 from posttrain.pretraining.rows import IGNORE
-from posttrain.recipe.schema import Data, Dpo
+from posttrain.recipe.schema import Dpo
 from posttrain.stages.context import Context, Summary
 from posttrain.stages.conversation import Chat, open_chat, settle
 from posttrain.stages.fitting import fit_dpo
 from posttrain.stages.outputs import model_files, write_ledger, write_probes
+from posttrain.stages.pair_rows import conversion
 from posttrain.stages.parents import model_folder, resolve_method
-from posttrain.stages.prepare import Conversion, Prepared, Refused, Tokenised, prepare
+from posttrain.stages.prepare import Prepared, prepare
 from posttrain.stages.run_loop import run_loop, training_metrics
 from posttrain.stages.schedule import Schedule, schedule_rows
 from posttrain.stages.setup import Machine, assert_trainable, set_up
@@ -86,59 +83,10 @@ def run(config: Dpo, context: Context) -> Summary:
     )
 
 
-def conversion(chat: Chat, data: Data) -> Conversion[Pair]:
-    """How this stage makes tokens of pairs."""
-    decides = {
-        **chat.decides(),
-        **data.model_dump(include={"max_length", "long_rows", "system"}, exclude_none=True),
-    }
-    return Conversion("pair", lambda rows: tokenise(rows, chat, data), _stored_pair, decides)
-
-
-def _stored_pair(ids: np.ndarray, cuts: np.ndarray) -> Pair:
-    prompt, chosen = cuts.tolist()
-    return Pair(ids[:prompt], ids[prompt:chosen], ids[chosen:])
-
-
-def tokenise(rows: list[PairRow], chat: Chat, data: Data) -> Iterator[Tokenised | Refused]:
-    """Renders pairs; an answer that goes beyond `max_length` is cut at its end, or the pair is refused.
-
-    Raises:
-        ChatError: naming file and row of a pair that the template cannot take.
-    """
-    pairs = ((_prompt(row, data), row.chosen, row.rejected, row.tools) for row in rows)
-    for row, parts in zip(rows, render_pairs(chat.tokenizer, chat.template, pairs), strict=True):
-        if isinstance(parts, ChatError):
-            raise parts.at(str(row.origin))
-        yield _fit_pair(parts, data.max_length, data.long_rows == "truncate")
-
-
-def _prompt(row: PairRow, data: Data) -> list[Message]:
-    try:
-        return fold_system(row.prompt) if data.system == "fold" else row.prompt
-    except ChatError as error:
-        raise error.at(str(row.origin)) from None
-
-
 def _chosen(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
     """(ids, labels) of a pair's prompt and its better answer, which has the loss."""
     labels = np.concatenate([np.full_like(pair.prompt, IGNORE), pair.chosen])
     return np.concatenate([pair.prompt, pair.chosen]), labels
-
-
-def _fit_pair(parts: tuple[list[int], list[int], list[int]], limit: int, cut: bool) -> Tokenised | Refused:
-    prompt, chosen, rejected = parts
-    tokens = len(prompt) + len(chosen) + len(rejected)
-    room = limit - len(prompt)
-    if room < 1:
-        return Refused("the prompt fills max_length", tokens)
-    if max(len(chosen), len(rejected)) > room and not cut:
-        return Refused("longer than max_length", tokens)
-    better, worse = chosen[:room], rejected[:room]
-    if better == worse:
-        return Refused(f"both answers are the same {'tokens' if chosen == rejected else 'once cut'}", tokens)
-    ends, supervised = (len(prompt), len(prompt) + len(better)), len(better) + len(worse)
-    return Tokenised(prompt + better + worse, ends, supervised, tokens - len(prompt) - supervised)
 
 
 def _references(

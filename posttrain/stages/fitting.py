@@ -133,7 +133,8 @@ def settle_attention(
     asked = context.runtime.attn_implementation
     found = choose_attention(model, asked, machine.device, machine.dtype, vocabulary, first)
     why = "".join(f"; {backend} {reason}" for backend, reason in found.skipped.items())
-    context.events("note", text=f"attention: {found.backend}{why}")
+    mask = " with a mask of documents" if found.masked else ""
+    context.events("note", text=f"attention: {found.backend}{mask}{why}")
     return found
 
 

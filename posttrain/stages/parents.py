@@ -16,12 +16,12 @@ from posttrain.recipe.schema import Method
 from posttrain.stages.context import ModelInput
 
 
-def model_folder(given: ModelInput) -> Path:
-    """Returns the folder of an input, fetching a hub id at its pinned commit first."""
+def model_folder(given: ModelInput, weights: bool = True) -> Path:
+    """Returns the folder of an input, fetching a hub id at its pinned commit first; its tokenizer alone if asked."""
     if given.folder is not None:
         return given.folder
     name = given.ref.partition("@")[0]
-    return fetch_model(name, given.revision or "main")
+    return fetch_model(name, given.revision or "main", weights)
 
 
 def resolve_method(method: Method | None, parents: Lineage, stage: str) -> Method:

@@ -87,7 +87,7 @@ def prepare(data: Data, context: Context, conversion: Conversion[T]) -> Prepared
     files: list[str] = []
     numbers: list[np.ndarray] = []
     for number, source in enumerate(data.sources):
-        name = _label(source, number, data.sources)
+        name = source_label(source, number, data.sources)
         store, own_files = tokenised_source(number, source, name, context, conversion)
         context.events("note", text=f"{name}: {store.about['rows_in']} rows, shape {store.about['shape']}")
         _account(name, store, own_files, ledger)
@@ -114,7 +114,7 @@ def prepare(data: Data, context: Context, conversion: Conversion[T]) -> Prepared
     return Prepared(names, rows, shares, ledger, files, numbers, Joined(apart))
 
 
-def _label(source: Source, number: int, sources: list[Source]) -> str:
+def source_label(source: Source, number: int, sources: list[Source]) -> str:
     """A source's name in ledger and data order: its path's last part, numbered where two are the same."""
     names = [Path(other.path).name if other.path.startswith(("/", ".", "~")) else other.path for other in sources]
     return names[number] if names.count(names[number]) == 1 else f"{names[number]}#{number + 1}"

@@ -11,27 +11,29 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from posttrain.artifact import publish_folder
-from posttrain.chat.tokenizer import load_tokenizer, tokenizer_digest
+from posttrain.chat.tokenizer import load_tokenizer
 from posttrain.data.read import open_source
 from posttrain.data.rows import TextRow
-from posttrain.errors import RecipeError
+from posttrain.errors import CheckpointError, RecipeError
+from posttrain.models.files import read_json
 from posttrain.models.lineage import Lineage, Link, lineage_of
-from posttrain.models.load import load_base
+from posttrain.models.load import load_base, untrained_rows
 from posttrain.models.save import save_full, verify_saved_model
+from posttrain.models.tokenizer_swap import Swap, plan_swap, swap_tokenizer, vocabulary_of
 from posttrain.pretraining.init import init_model
 from posttrain.pretraining.rows import Row
-from posttrain.pretraining.store import stored_row
 from posttrain.pretraining.tokenizer import train_tokenizer
-from posttrain.recipe.schema import Data, Pretrain, TokenizerTraining
+from posttrain.recipe.schema import Pretrain, TokenizerTraining
 from posttrain.stages.context import Context, Summary
 from posttrain.stages.fitting import fit_sft
 from posttrain.stages.outputs import model_files, write_ledger
 from posttrain.stages.parents import model_folder
-from posttrain.stages.prepare import Conversion, Prepared, Refused, Tokenised, prepare
+from posttrain.stages.prepare import Prepared, prepare
 from posttrain.stages.run_loop import run_loop, training_metrics
 from posttrain.stages.schedule import schedule_rows, schedule_wrapped
 from posttrain.stages.setup import Machine, assert_trainable, set_up
 from posttrain.stages.sources import source_spec
+from posttrain.stages.text_rows import conversion
 
 
 def run(config: Pretrain, context: Context) -> Summary:
@@ -47,7 +49,7 @@ def run(config: Pretrain, context: Context) -> Summary:
         schedule = schedule_rows(prepared, context.trainer, context.seed)
     write_ledger(context.folder, prepared.ledger)
     context.clock.enter("loading")
-    model = _model(config, context, machine, tokenizer)
+    model, swap = _model(config, context, machine, tokenizer)
     _check_lengths(model, config.data.max_length, context.stage)
     trained, total = assert_trainable(model, context.stage)
     fitted, make_step = fit_sft(
@@ -78,11 +80,11 @@ def run(config: Pretrain, context: Context) -> Summary:
     context.clock.enter("saving")
     save(context.folder)
     verify_saved_model(model, context.folder)
-    untrained = _untrained(prepared, len(tokenizer)) if config.model is None else []
+    figures = _rows_without_training(prepared, tokenizer, model, swap) if config.model is None or swap else {}
     return Summary(
         headline=f"{total / 1e6:.2f} M parameters, {result.steps} steps, loss {result.last_loss:.3f}",
         files=model_files(context.folder),
-        metrics=training_metrics(result, trained, total, {"untrained_token_ids": untrained, **fitted.metrics()}),
+        metrics=training_metrics(result, trained, total, {**figures, **fitted.metrics()}),
         lineage=Lineage(Link(context.run_dir / context.stage, f"@{context.stage}", context.fingerprint)).as_dict(
             context.run_dir
         ),
@@ -102,8 +104,9 @@ def _tokenizer(config: Pretrain, context: Context) -> PreTrainedTokenizerBase:
             train_tokenizer(texts, settings.vocab_size, settings.reserved_tokens, config.data.max_length, partial)
             publish_folder(partial, folder)
         return load_tokenizer(folder)
-    source = "tokenizer" if config.tokenizer is not None else "model"
-    return load_tokenizer(model_folder(context.inputs[source]))
+    if config.tokenizer is not None:
+        return load_tokenizer(model_folder(context.inputs["tokenizer"], weights=False))
+    return load_tokenizer(model_folder(context.inputs["model"]))
 
 
 def prepare_texts(config: Pretrain, context: Context) -> Iterator[str]:
@@ -114,16 +117,29 @@ def prepare_texts(config: Pretrain, context: Context) -> Iterator[str]:
                 yield row.text
 
 
-def _model(config: Pretrain, context: Context, machine: Machine, tokenizer: Any) -> PreTrainedModel:
+def _model(config: Pretrain, context: Context, machine: Machine, tokenizer: Any) -> tuple[PreTrainedModel, Swap | None]:
+    """The model that is about to train, in fp32, and how its tokenizer was swapped where it was."""
     if config.init is not None:
         model = init_model(config.init.model_dump(exclude_none=True), tokenizer, context.seed)
         model.set_attn_implementation(machine.attn_implementation)
-        return model.to(machine.device)
+        return model.to(machine.device), None
     lineage = lineage_of(model_folder(context.inputs["model"]), context.inputs["model"].ref)
     if lineage.adapters:
         raise RecipeError(f"stages.{context.stage}.model", "is an adapter", "merge it first")
+    folder = lineage.base.folder
+    if (quantised := read_json(folder / "config.json").get("quantization_config")) is not None:
+        found = f"its weights are quantised ({quantised.get('quant_method')}), and every weight is trained"
+        raise CheckpointError(str(folder / "config.json"), found, "give the checkpoint before it was quantised")
     set_seed(context.seed)
-    return load_base(lineage.base.folder, torch.float32, machine.device, machine.attn_implementation)
+    model = load_base(folder, torch.float32, machine.device, machine.attn_implementation)
+    if config.tokenizer is None:
+        return model, None
+    old, new = vocabulary_of(load_tokenizer(folder)), vocabulary_of(tokenizer)
+    rows = model.get_input_embeddings().weight.shape[0]
+    swap = plan_swap(old, new, rows, f"stages.{context.stage}.tokenizer")
+    swap_tokenizer(model, swap, new)
+    context.events("note", text=f"tokenizer: {swap.told()}")
+    return model, swap
 
 
 def _check_lengths(model: PreTrainedModel, max_length: int, stage: str) -> None:
@@ -133,38 +149,21 @@ def _check_lengths(model: PreTrainedModel, max_length: int, stage: str) -> None:
         raise RecipeError(f"stages.{stage}.data.max_length", found, f"set at most {limit}")
 
 
-def conversion(tokenizer: Any, data: Data) -> Conversion[Row]:
-    """How this stage makes tokens of texts; where rows are wrapped, a document may have any length."""
-    limit = None if data.packing in (None, "wrap") else data.max_length
-    cut = data.long_rows == "truncate"
-    decides = {"tokenizer": tokenizer_digest(tokenizer), "limit": limit, "cut": None if limit is None else cut}
-    return Conversion("text", lambda rows: _tokenise(rows, tokenizer, limit, cut), stored_row, decides, False)
+def _rows_without_training(
+    prepared: Prepared[Row], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, swap: Swap | None
+) -> dict[str, Any]:
+    """Ids whose rows no training ever moved, and what a tokenizer swap came to.
 
-
-def _tokenise(rows: list[Any], tokenizer: Any, limit: int | None, cut: bool) -> Iterator[Tokenised | Refused]:
-    """Tokens of each document and its end of sequence; control tokens that a text spells stay text."""
-    backend, before = tokenizer.backend_tokenizer, tokenizer.backend_tokenizer.encode_special_tokens
-    backend.encode_special_tokens = True
-    try:
-        encoded = backend.encode_batch_fast([row.text for row in rows])
-    finally:
-        backend.encode_special_tokens = before
-    end = tokenizer.eos_token_id
-    for ids in (one.ids for one in encoded):
-        if not ids or ids[-1] != end:
-            ids.append(end)
-        length = len(ids)
-        if limit is not None and length > limit and not cut:
-            yield Refused("longer than max_length", length)
-            continue
-        ids = ids[:limit]
-        supervised = len(ids) - 1  # the first token of a row is never predicted
-        yield Tokenised(ids, (1, len(ids)) if supervised else (), supervised, length - len(ids))
-
-
-def _untrained(prepared: Prepared[Row], vocabulary: int) -> list[int]:
-    """Vocabulary ids that stand in no row: their embeddings are as they were initialised."""
-    seen = np.zeros(vocabulary, dtype=bool)
-    for rows in prepared.rows:
-        seen |= rows.store.seen(vocabulary)
-    return [int(token) for token in np.flatnonzero(~seen)]
+    Of a swap these are the new rows that stand in none of the rows trained on, and control tokens copied from rows that
+    were untrained before.
+    """
+    counts = [rows.store.occurrences(model.get_input_embeddings().weight.shape[0]) for rows in prepared.rows]
+    unseen = np.sum(counts, axis=0) == 0
+    if swap is None:
+        return {"untrained_token_ids": np.flatnonzero(unseen[: len(tokenizer)]).tolist()}
+    control = [token for token in tokenizer.added_tokens_decoder if unseen[token] and not swap.new[token]]
+    untrained = {*np.flatnonzero(unseen & swap.new).tolist(), *(untrained_rows(model, control) if control else ())}
+    times = [share.wanted / share.available if share.available else 0.0 for share in prepared.shares]
+    epoch = np.sum([count * weight for count, weight in zip(counts, times, strict=True)], axis=0)
+    figures = {**swap.figures(), "share_of_new_tokens": round(float(epoch[swap.new].sum() / max(epoch.sum(), 1)), 6)}
+    return {"untrained_token_ids": sorted(untrained), "tokenizer_swap": figures}

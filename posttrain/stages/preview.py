@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from posttrain.artifact import Artifact
 from posttrain.chat.encode import encoder_of
-from posttrain.models.hub import HubId, fetch_description
+from posttrain.models.hub import fetch_description
 from posttrain.models.lineage import lineage_of
 from posttrain.pretraining.rows import IGNORE, Row
 from posttrain.recipe.schema import AnyStage, Data
 from posttrain.report.token_view import ShownPart, ShownRow, ShownStage, show_tokens
-from posttrain.stages import dpo, sft
+from posttrain.stages import chat_rows, pair_rows
 from posttrain.stages.__main__ import Stop, context_of
 from posttrain.stages.context import Context, Events, Job
 from posttrain.stages.conversation import Chat, open_chat
+from posttrain.stages.nearest import nearest_model
 from posttrain.stages.prepare import Conversion, Prepared, prepare
 from posttrain.stages.schedule import schedule_rows
 from posttrain.training.pairs import Pair
@@ -43,40 +43,20 @@ def preview(job: Job, jobs: Mapping[str, Job], count: int) -> ShownStage:
     Raises:
         UserError: what the stage itself would refuse.
     """
-    given, trained_template = _nearest_model(job, jobs)
+    given, trained_template = nearest_model(job, jobs, fetch_description)
     if given["folder"] is None:
         return ShownStage(job.stage, f"no rows yet: {given['missing']}")
     context = context_of(replace(job, inputs={"model": given}), Path(job.run_dir), Events(None), Stop())
     config: Any = TypeAdapter(AnyStage).validate_json(json.dumps(job.config))
     chosen = trained_template or job.config.get("chat_template")
     chat = open_chat(lineage_of(Path(given["folder"]), given["ref"]), chosen, context)
-    module, parts = (sft, _sft_parts) if job.kind == "sft" else (dpo, _dpo_parts)
+    module, parts = (chat_rows, _sft_parts) if job.kind == "sft" else (pair_rows, _dpo_parts)
     conversion = module.conversion(chat, config.data)
     with TemporaryDirectory(prefix="posttrain-") as apart:  # instead of the run folder, where rows are kept
         elsewhere = replace(context, run_dir=Path(apart))
         shown = _shown_rows(config.data, conversion, elsewhere, lambda row: parts(row, chat))
         rows = tuple(islice(shown, count))
     return ShownStage(job.stage, f"the first {len(rows)} rows of training (template {chat.template.name})", rows)
-
-
-def _nearest_model(job: Job, jobs: Mapping[str, Job]) -> tuple[dict[str, Any], str | None]:
-    """The first model below a stage that exists, and the template that stages in between will train with.
-
-    Where there is no tokenizer to be had the model's folder is None, and `missing` says why.
-    """
-    given, template = job.inputs["model"], None
-    while given["ref"].startswith("@") and Artifact.read(Path(given["folder"])) is None:
-        above = jobs[given["ref"][1:]]
-        if above.kind in SHOWN_KINDS:
-            template = above.config.get("chat_template") or template
-        if isinstance(above.config.get("tokenizer"), dict):
-            return {"folder": None, "missing": f"its tokenizer is trained by {above.stage}, which has not run"}, None
-        given = above.inputs.get("tokenizer") or above.inputs["model"]
-    if given["folder"] is None:
-        hub = HubId(given["ref"].partition("@")[0], given["revision"])
-        folder = fetch_description(hub)
-        given = {**given, "folder": str(folder) if folder else None, "missing": f"{hub} cannot be fetched"}
-    return given, template
 
 
 def _shown_rows(

@@ -22,6 +22,8 @@ from posttrain.report.card import Card, model_card
 from posttrain.report.history import history
 from posttrain.stages.context import Context, ModelInput, Summary
 from posttrain.stages.parents import model_folder
+from posttrain.stages.publish_snapshots import carry_order, push_snapshots, snapshot_files, snapshot_steps
+from posttrain.stages.run_loop import SNAPSHOTS
 
 SUMS = "SHA256SUMS"
 _NEEDED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -57,14 +59,21 @@ def run(config: schema.Publish, context: Context) -> Summary:
     target = Path(config.to) if config.to else None
     _refuse_foreign(target)
     context.events("phase", text="gathering files")
-    files = gather(source, context.folder)
+    chats = given.artifact is None or given.artifact.record.kind != "pretrain"
+    files = gather(source, context.folder, chats)
     files += _carry_recipe(context.run_dir, context.folder)
+    steps: list[int] = []
+    if config.snapshots:
+        steps = snapshot_steps(source, f"stages.{context.stage}.snapshots")
+        for path in snapshot_files(source, steps):
+            files.append(str(_link(path, context.folder / path.relative_to(source)).relative_to(context.folder)))
+        files += carry_order(source, context.folder)
     context.events("phase", text="loading it with plain transformers")
     context.clock.enter("proofs")
-    stop = verify(context.folder)
+    stop = verify(context.folder, chats)
     context.clock.enter("saving")
 
-    card = _card(config, context, given, stop)
+    card = _card(config, context, given, stop if chats else None, steps)
     write_atomically(context.folder / "README.md", model_card(card))
     files.append("README.md")
     write_sums(context.folder, files)
@@ -74,7 +83,7 @@ def run(config: schema.Publish, context: Context) -> Summary:
         copy_to(context.folder, files, target)
     if config.hub:
         context.events("phase", text=f"pushing to {config.hub}")
-        push(context.folder, files, config.hub, config.private)
+        push(context.folder, files, config.hub, config.private, steps)
     size = sum((context.folder / name).stat().st_size for name in files)
     places = [str(place) for place in (config.to, config.hub) if place]
     line = f"{card.name}: {len(files)} files, {size / 1e6:.1f} MB, loads with plain transformers"
@@ -86,8 +95,11 @@ def run(config: schema.Publish, context: Context) -> Summary:
     )
 
 
-def gather(source: Path, folder: Path) -> list[str]:
+def gather(source: Path, folder: Path, chats: bool = True) -> list[str]:
     """Links (or copies) a model's files into a folder; returns their names, relative to it.
+
+    Args:
+        chats: whether it must have a chat template.
 
     Raises:
         CheckpointError: an adapter, or a model without weights, tokenizer, template or generation config.
@@ -95,7 +107,8 @@ def gather(source: Path, folder: Path) -> list[str]:
     if (source / "adapter_config.json").is_file():
         raise CheckpointError(str(source), "is an adapter, not a standalone model", "publish a `merge` stage of it")
     found = sorted({path for pattern in _WANTED for path in source.glob(pattern) if path.is_file()})
-    missing = [name for name in _NEEDED if source / name not in found]
+    needed = [name for name in _NEEDED if chats or name != "chat_template.jinja"]
+    missing = [name for name in needed if source / name not in found]
     if not any(path.suffix == ".safetensors" for path in found):
         missing.append("*.safetensors")
     if missing:
@@ -124,8 +137,11 @@ def _carry_recipe(run_dir: Path, folder: Path) -> list[str]:
     return [recipe.name]
 
 
-def verify(folder: Path) -> EndOfTurn:
-    """Loads a folder as a stranger would, and returns its end of turn.
+def verify(folder: Path, chats: bool = True) -> EndOfTurn:
+    """Loads a folder as a stranger would, and returns its end of turn; of a base model, what ends a document.
+
+    Args:
+        chats: whether it has a chat template to be proven; else the ids of a plain text are.
 
     Raises:
         CheckpointError: transformers does not load it, or finds missing or unexpected weights.
@@ -148,8 +164,9 @@ def verify(folder: Path) -> EndOfTurn:
     if wrong:
         raise CheckpointError(str(folder), f"weights do not match the config: {json.dumps(wrong)}")
 
-    tokenizer, template = load_tokenizer(folder), load_template("chat_template.jinja", folder)
-    stop = end_of_turn(tokenizer, template)
+    tokenizer = load_tokenizer(folder)
+    template = load_template("chat_template.jinja", folder) if chats else None
+    stop = end_of_turn(tokenizer, template) if template else EndOfTurn(str(tokenizer.eos_token), tokenizer.eos_token_id)
     stops = model.generation_config.eos_token_id
     if stop.id not in (stops if isinstance(stops, list) else [stops]):
         raise ChatError(
@@ -157,14 +174,19 @@ def verify(folder: Path) -> EndOfTurn:
             f"eos_token_id {stops} lacks the end of turn {stop.text!r} ({stop.id}): the model would not stop",
             "publish a model that an sft or merge stage left",
         )
-    theirs = plain.apply_chat_template(_PROBE, add_generation_prompt=True, return_dict=False)
-    ours = render_prompt(tokenizer, template, _PROBE)
+    if template is None:
+        theirs, ours = (made(_PROBE[0]["content"])["input_ids"] for made in (plain, tokenizer))
+    else:
+        theirs = plain.apply_chat_template(_PROBE, add_generation_prompt=True, return_dict=False)
+        ours = render_prompt(tokenizer, template, _PROBE)
     if list(theirs) != list(ours):
         raise ChatError(str(folder), f"transformers renders {theirs}, training rendered {ours}", "report this as a bug")
     return stop
 
 
-def _card(config: schema.Publish, context: Context, given: ModelInput, stop: EndOfTurn) -> Card:
+def _card(
+    config: schema.Publish, context: Context, given: ModelInput, stop: EndOfTurn | None, steps: list[int]
+) -> Card:
     records = history(given.artifact) if given.artifact else []
     report = context.inputs.get("report")
     if report is not None and (report.folder is None or not (report.folder / "report.json").is_file()):
@@ -177,8 +199,10 @@ def _card(config: schema.Publish, context: Context, given: ModelInput, stop: End
         report=json.loads((report.folder / "report.json").read_text(encoding="utf-8"))
         if report is not None and report.folder is not None
         else None,
-        end_of_turn=stop.text,
+        end_of_turn=stop.text if stop else None,
         repository=config.hub,
+        chats=stop is not None,
+        snapshots=steps,
     )
 
 
@@ -226,8 +250,10 @@ def _same(folder: Path, files: list[str], target: Path) -> bool:
     return all((target / name).is_file() and sha256(target / name) == sha256(folder / name) for name in files)
 
 
-def push(folder: Path, files: list[str], repository: str, private: bool, api: Any = None) -> None:
-    """Uploads exactly these files to a hub repository, made if it does not exist.
+def push(
+    folder: Path, files: list[str], repository: str, private: bool, steps: Iterable[int] = (), api: Any = None
+) -> None:
+    """Uploads exactly these files to a hub repository, made if it does not exist; snapshots to branches of their own.
 
     The token is found by huggingface_hub itself (`hf auth login`, HF_TOKEN); it is never read or recorded here.
 
@@ -237,12 +263,13 @@ def push(folder: Path, files: list[str], repository: str, private: bool, api: An
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 
-    api = api or HfApi()
+    api, on_main = api or HfApi(), [name for name in files if not name.startswith(f"{SNAPSHOTS}/")]
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=repository, folder_path=folder, allow_patterns=files, commit_message="Publish with posttrain"
+            repo_id=repository, folder_path=folder, allow_patterns=on_main, commit_message="Publish with posttrain"
         )
+        push_snapshots(folder, list(steps), repository, api)
     except (HTTPError, LocalTokenNotFoundError) as error:
         found = f"cannot be written: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         raise UserError(f"hub: {repository}", found, "check the network and `hf auth login`, then run again") from None

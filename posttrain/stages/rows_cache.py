@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from posttrain import __version__
@@ -35,7 +36,7 @@ def tokenised_source(
         PosttrainError: of the first row, in order, that is broken.
     """
     spec = source_spec(source, context.recipe_dir)
-    folder = context.run_dir / ROWS / rows_key(_identity(number, source, context), conversion)
+    folder = store_folder(number, source, context, conversion)
     store = open_store(folder)
     if store is None:
         context.events("phase", text=f"reading {name}")
@@ -46,6 +47,11 @@ def tokenised_source(
     if isinstance(spec.path, str):
         return store, [f"{spec.path}@{spec.revision}" if spec.revision else spec.path]
     return store, [str(file) for file in source_files(spec.path)]
+
+
+def store_folder(number: int, source: Source, context: Context, conversion: Conversion[Any]) -> Path:
+    """Where the tokenised rows of a stage's source lie, or will."""
+    return context.run_dir / ROWS / rows_key(_identity(number, source, context), conversion)
 
 
 def rows_key(source: dict[str, Any], conversion: Conversion[Any]) -> str:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from posttrain.chat.contract import probe_ids, verify_saved
-from posttrain.chat.render import Rendered, render_conversations
-from posttrain.chat.system import fold_system
-from posttrain.data.rows import ChatRow, Message
 from posttrain.errors import ChatError
 from posttrain.models.lineage import lineage_of
 from posttrain.models.save import save_adapter, save_full, verify_saved_adapter, verify_saved_model
 from posttrain.pretraining.rows import Row
-from posttrain.pretraining.store import stored_row
-from posttrain.recipe.schema import Data, Sft
+from posttrain.recipe.schema import Sft
+from posttrain.stages.chat_rows import conversion
 from posttrain.stages.context import Context, Summary
 from posttrain.stages.conversation import Chat, open_chat, save_chat, settle
 from posttrain.stages.fitting import fit_sft
 from posttrain.stages.outputs import model_files, write_ledger, write_probes
 from posttrain.stages.parents import model_folder, resolve_method
-from posttrain.stages.prepare import Conversion, Prepared, Refused, Tokenised, prepare
+from posttrain.stages.prepare import Prepared, prepare
 from posttrain.stages.run_loop import run_loop, training_metrics
 from posttrain.stages.schedule import schedule_rows, schedule_wrapped
 from posttrain.stages.setup import Machine, assert_trainable, set_up
@@ -78,74 +74,14 @@ def run(config: Sft, context: Context) -> Summary:
     save_policy(policy, chat, machine, context.folder)
     prove_saved(policy, chat, context.folder, last_trained_ids(prepared))
     write_probes(context.folder, prepared, lambda row: (row.ids, row.labels))
+    figures = {"rows_that_stop": share, "token_rows": policy.token_rows, "chat": chat.as_dict()}
     return Summary(
         headline=f"{policy.kind}: {result.steps} steps, loss {result.first_loss:.3f} -> {result.last_loss:.3f}",
         files=model_files(context.folder),
-        metrics=training_metrics(
-            result,
-            trained,
-            total,
-            {
-                "rows_that_stop": share,
-                "token_rows": policy.token_rows,
-                "chat": chat.as_dict(),
-                **fitted.metrics(),
-            },
-        ),
+        metrics=training_metrics(result, trained, total, figures | fitted.metrics()),
         lineage=policy.lineage_after(context),
         ledger=prepared.ledger.as_dict(),
     )
-
-
-def conversion(chat: Chat, data: Data) -> Conversion[Row]:
-    """How this stage makes tokens of conversations."""
-    decides = {
-        **chat.decides(),
-        **data.model_dump(include={"max_length", "long_rows", "history", "system"}, exclude_none=True),
-    }
-    return Conversion("chat", lambda rows: tokenise(rows, chat, data), stored_row, decides)
-
-
-def tokenise(rows: list[ChatRow], chat: Chat, data: Data) -> Iterator[Tokenised | Refused]:
-    """Renders conversations; what is longer than `max_length` is cut at its end, or refused.
-
-    With `history: split`, a conversation whose template rewrites history gives one result per answer.
-
-    Raises:
-        ChatError: naming file and row of a conversation that the template cannot take.
-    """
-    fold, split = data.system == "fold", data.history == "split"
-    conversations = ((_messages(row, fold), row.tools) for row in rows)
-    rendered = render_conversations(chat.tokenizer, chat.template, conversations, split)
-    for row, made in zip(rows, rendered, strict=True):
-        if isinstance(made, ChatError):
-            raise ChatError(str(row.origin), f"{made.where}: {made.found}", made.todo)
-        for number, one in enumerate(made, start=1):
-            yield _fit(one, data, (number, len(made)))
-
-
-def _messages(row: ChatRow, fold: bool) -> list[Message]:
-    if not fold:
-        return row.messages
-    try:
-        return fold_system(row.messages)
-    except ChatError as error:
-        raise error.at(str(row.origin)) from None
-
-
-def _fit(rendered: Rendered, data: Data, part: tuple[int, int]) -> Tokenised | Refused:
-    length, limit = len(rendered.input_ids), data.max_length
-    if length > limit and data.long_rows == "drop":
-        return Refused("longer than max_length", length, part)
-    cuts: list[int] = []
-    for start, stop in rendered.runs:
-        start, stop = max(start, 1), min(stop, limit)  # the first token of a row is never predicted
-        if start < stop:
-            cuts += (start, stop)
-    if not cuts:
-        return Refused("no trained token within max_length", length, part)
-    supervised = sum(cuts[1::2]) - sum(cuts[::2])
-    return Tokenised(rendered.input_ids[:limit], cuts, supervised, max(length - limit, 0), part)
 
 
 def last_trained_ids(prepared: Prepared[Any]) -> set[int]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from posttrain.training.layout import common_prefix
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,8 @@ def pad_pairs(pairs: list[Pair], pad_id: int) -> dict[str, torch.Tensor]:
     Returns:
         `input_ids`, `attention_mask`, `completion_mask`: [2B, L] int64.
     """
+    import torch  # `posttrain check` counts the tokens of pairs without it
+
     answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     prompts = [pair.prompt for pair in pairs] * 2
     length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))

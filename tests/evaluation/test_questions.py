@@ -28,6 +28,15 @@ def test_text_and_messages_are_prompts() -> None:
     assert rules[1].languages == ("ca", "en")
 
 
+def test_answers_at_the_end_of_messages_are_left_out() -> None:
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    spoken = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    questions, _ = read_questions([row(prompt=turns), row(prompt=spoken)], "prompt", [])
+    assert [question.messages for question in questions] == [turns[:1], turns[:1]]
+    with pytest.raises(UserError, match="answers alone"):
+        read_questions([row(prompt=turns[1:])], "prompt", [])
+
+
 def test_fixed_value_serves_every_row() -> None:
     rule = CheckRule("polite", "any_of", value="yes")
     assert read_questions([row(prompt="x")], "prompt", [rule])[0][0].expected == {"polite": ["yes"]}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.errors import UserError
-from posttrain.models.hub import HubId, LocalPath, StageRef, cached_commit, parse_reference, resolve
+from posttrain.errors import CheckpointError, UserError
+from posttrain.models.hub import HubId, LocalPath, StageRef, cached_commit, fetch_model, parse_reference, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -87,3 +87,17 @@ def test_models_and_datasets_are_apart(cache: Path) -> None:
 def test_planning_needs_no_torch() -> None:
     code = "import sys, posttrain.models.hub, posttrain.models.known_shapes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_tokenizer_is_fetched_without_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def download(hub_id: str, revision: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert fetch_model("owner/name", "a" * 40, weights=False) == tmp_path
+    with pytest.raises(CheckpointError, match=r"no \*.safetensors"):
+        fetch_model("owner/name", "a" * 40)
+    assert [any("safetensors" in name for name in wanted) for wanted in asked] == [False, True]

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+)
 
 import posttrain.models.attention as attention_module
 from posttrain.errors import StageError
@@ -136,3 +143,32 @@ def test_a_window_leaves_attention_by_document_out() -> None:
     found = choose_attention(MistralForCausalLM(config), "auto", "cpu", torch.float32, 256)
     assert found.backend == "sdpa"
     assert "plain causal attention" in found.skipped[PACKED]
+
+
+def falcon(**settings: bool) -> FalconForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return FalconForCausalLM(FalconConfig(**sizes, **settings))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_an_architecture_that_ignores_positions_in_its_mask_is_given_one(adapted: bool) -> None:
+    model = add_adapter(falcon(), Adapter(4, 8, 0.0, "all-linear"), []) if adapted else falcon()
+    found = choose_attention(model, "auto", "cpu", torch.float32, 256)
+    assert (found.backend, found.masked) == ("sdpa", True)
+    assert "packed documents see each other" in found.skipped["sdpa"]
+    rows = [torch.randint(0, 256, (1, length)) for length in (1, 9, 4)]
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
+    together = model(input_ids=torch.cat(rows, dim=1), position_ids=positions, use_cache=False).logits
+    alone = torch.cat([model(input_ids=row, use_cache=False).logits for row in rows], dim=1)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    mask = torch.ones(1, 14, dtype=torch.long)  # one of the caller's own stays
+    whole = model(input_ids=torch.cat(rows, dim=1), attention_mask=mask, use_cache=False).logits
+    assert (whole - alone).abs().max() > 1e-2
+
+
+def test_positions_by_alibi_cannot_be_packed() -> None:
+    model = falcon(alibi=True)
+    with pytest.raises(StageError, match="packed documents see each other"):
+        choose_attention(model, "auto", "cpu", torch.float32, 256)
+    assert not model.transformer._forward_pre_hooks

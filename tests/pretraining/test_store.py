@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,8 @@ def test_columns_prompts_and_ids_seen(tmp_path: Path) -> None:
     assert store.columns["counts"][:, 2].tolist() == last
     expected = [np.array(ids[: loss.index(True)], dtype=np.int32).tobytes() for ids, loss in rows]
     assert list(store.prompts()) == expected
-    assert np.flatnonzero(store.seen(50)).tolist() == sorted({token for ids, _ in rows for token in ids})
+    counted = Counter(token for ids, _ in rows for token in ids)
+    assert dict(enumerate(store.occurrences(50).tolist())) == {token: counted[token] for token in range(50)}
 
 
 def test_rows_made_of_one_conversation_have_the_prompt_of_the_first(tmp_path: Path) -> None:

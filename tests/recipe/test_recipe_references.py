@@ -9,7 +9,7 @@ from recipe_sample import VALID
 
 from posttrain.recipe.load import load_recipe
 from posttrain.recipe.references import adapter_methods, dependencies, execution_order
-from posttrain.recipe.schema import Recipe
+from posttrain.recipe.schema import Pretrain, Recipe
 
 
 def chain(parents: dict[str, list[str]]) -> Recipe:
@@ -68,3 +68,24 @@ def test_an_adapter_on_an_adapter_is_a_chain(tmp_path):
     path.write_text(VALID.replace('    model: "@sft"\n', '    model: "@sft"\n    method: lora\n'))
     stages = load_recipe(path, env={}).recipe.stages
     assert adapter_methods("dpo", stages) == ["qlora", "lora"]
+
+
+SWAP = {"kind": "pretrain", "model": "owner/name", "data": {"sources": [{"path": "x.jsonl"}]}}
+"""A stage that continues a checkpoint, without a tokenizer."""
+
+
+def test_a_tokenizer_may_come_from_another_stage():
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    scratch = {"kind": "pretrain", "data": SWAP["data"], "init": size, "tokenizer": {"vocab_size": 300}}
+    swapped = {**SWAP, "tokenizer": "@scratch"}
+    recipe = Recipe.model_validate({"name": "r", "stages": {"swapped": swapped, "scratch": scratch}})
+    assert execution_order(recipe) == ["scratch", "swapped"]
+    assert dependencies(recipe.stages["scratch"]) == []
+
+
+def test_a_tokenizer_swap_is_one_stage_spelled_out_or_not():
+    one, two = (Pretrain.model_validate({**SWAP, "tokenizer": "./t", **more}) for more in ({}, {"new_rows": "mean"}))
+    assert one == two
+    assert (one.new_rows, Pretrain.model_validate(SWAP).new_rows) == ("mean", None)
+    with pytest.raises(ValueError, match="give both, or leave it out"):
+        Pretrain.model_validate({**SWAP, "new_rows": "mean"})

@@ -15,7 +15,7 @@ from posttrain.errors import DataError
 from posttrain.models.lineage import Lineage, Link
 from posttrain.pretraining.rows import IGNORE
 from posttrain.recipe.schema import Data
-from posttrain.stages import dpo, pretrain, sft
+from posttrain.stages import dpo, pretrain, sft, text_rows
 from posttrain.stages.context import Context
 from posttrain.stages.conversation import Chat, open_chat
 from posttrain.stages.prepare import Prepared, prepare
@@ -226,12 +226,12 @@ def test_sources_of_one_name_are_told_apart(run: Path) -> None:
 def test_documents_end_with_the_end_of_sequence_and_spell_no_control_token() -> None:
     tokenizer = make_tokenizer()
     rows: list[TextRow | PairRow] = [TextRow("ab", None), TextRow("<|im_end|>", None)]  # type: ignore[arg-type]
-    results = list(pretrain._tokenise(rows, tokenizer, None, True))
+    results = list(text_rows.tokenise(rows, tokenizer, None, True))
     end = tokenizer.eos_token_id
     assert [result.ids[-1] for result in results] == [end, end]
     assert results[1].ids.count(end) == 1  # the text that spells it stays text
     assert tokenizer("<|im_end|>")["input_ids"] == [end]  # the tokenizer is left as it was
-    (short,) = pretrain._tokenise([TextRow("a" * 30, None)], tokenizer, 8, True)  # type: ignore[arg-type]
+    (short,) = text_rows.tokenise([TextRow("a" * 30, None)], tokenizer, 8, True)  # type: ignore[arg-type]
     assert (len(short.ids), short.truncated) == (8, 23)
 
 

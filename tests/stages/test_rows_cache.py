@@ -14,8 +14,8 @@ from posttrain.errors import ChatError, DataError
 from posttrain.models.lineage import Lineage, Link
 from posttrain.recipe.schema import Data
 from posttrain.runs import removable
+from posttrain.stages import chat_rows, dpo, pair_rows, sft
 from posttrain.stages import conversion as conversion_module
-from posttrain.stages import dpo, sft
 from posttrain.stages.conversation import open_chat
 from posttrain.stages.prepare import Prepared, prepare
 from posttrain.stages.sources import ROWS
@@ -37,7 +37,7 @@ def run(tmp_path: Path) -> Path:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the rows of every piece that is tokenised in this process."""
     rows: list[int] = []
-    for module in (sft, dpo):
+    for module in (chat_rows, pair_rows):
         tokenise = module.tokenise
 
         def noted(given: list[Any], *more: Any, own: Tokenise = tokenise) -> Any:

@@ -52,13 +52,12 @@ def test_what_is_not_built_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_folder_is_taken_as_it_is_and_an_id_at_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str]] = []
-    monkeypatch.setattr(
-        "posttrain.stages.parents.fetch_model", lambda name, revision: asked.append((name, revision)) or tmp_path
-    )
+    asked: list[tuple[str, str, bool]] = []
+    monkeypatch.setattr("posttrain.stages.parents.fetch_model", lambda *given: asked.append(given) or tmp_path)
     assert model_folder(ModelInput("./here", tmp_path / "here")) == tmp_path / "here"
     assert model_folder(ModelInput("owner/name@v1", None, "abc")) == tmp_path
-    assert asked == [("owner/name", "abc")]
+    assert model_folder(ModelInput("owner/name@v1", None, "abc"), weights=False) == tmp_path
+    assert asked == [("owner/name", "abc", True), ("owner/name", "abc", False)]
 
 
 def test_an_attention_backend_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
