@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,9 +31,6 @@ from posttrain.training.dpo import SpineDpoTrainer
 from posttrain.training.limits import Limits
 from posttrain.training.pairs import Pair, pad_pairs
 from posttrain.training.reference import reference_key, reference_logps
-
-REFERENCES = Path(".cache") / "reference"
-"""Beside the run folders: what differs only in beta, loss or learning rate has the same reference."""
 
 
 def run(config: Dpo, context: Context) -> Summary:
@@ -102,7 +98,7 @@ def _references(
     machine: Machine,
     context: Context,
 ) -> list[torch.Tensor]:
-    """Reference log-probs of every pair, per source [n, 2], from the cache that all runs share, or computed now."""
+    """Reference log-probs of every pair, per source [n, 2], from the cache of the run or computed now."""
     pairs = prepared.every
     described = {
         "model": context.identity["model"],
@@ -115,7 +111,7 @@ def _references(
         "device": machine.device,
         "ld_alpha": context.trainer.get("ld_alpha"),
     }
-    cache = context.run_dir.parent / REFERENCES / f"{reference_key(described, pairs)}.npy"
+    cache = context.run_dir / ".cache" / "reference" / f"{reference_key(described, pairs)}.npy"
     table = reference_logps(
         trainer, pairs, chat.tokenizer.pad_token_id, limits, cache, context.events, context.should_stop
     )

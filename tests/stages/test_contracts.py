@@ -95,7 +95,7 @@ def test_the_reference_of_dpo_is_the_sft_policy(run_dir: Path, aligned: Artifact
     proof = aligned.record.summary["metrics"]["step_zero"]
     assert proof["largest_difference_per_token"] < 1e-5
     assert proof["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    (table,) = (run_dir.parent / dpo_stage.REFERENCES).glob("*.npy")
+    (table,) = (run_dir / ".cache" / "reference").glob("*.npy")
     known = torch.from_numpy(np.load(table))
     assert torch.allclose(known, scores(run_dir / "sft_lora"), atol=1e-4)
     assert not torch.allclose(known, scores(aligned.folder), atol=1e-2)
