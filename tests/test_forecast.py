@@ -116,8 +116,8 @@ def test_rows_are_cut_as_stages_cut_them() -> None:
 
     for device in ("cpu", "cuda"):
         limits = piece_limits(device, None, None, "sdpa")
-        assert limits.tokens == forecast._TOKENS[device]
-        assert limits.row_tokens == forecast._ROW_OF_DENSE_MASK[device]
+        assert limits.tokens == forecast.PIECE_TOKENS[device]
+        assert limits.row_tokens == forecast.ROW_OF_DENSE_MASK[device]
 
 
 TINY = """

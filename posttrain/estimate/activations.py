@@ -23,6 +23,15 @@ from posttrain.estimate.weights import ITEM, Method, Precision
 Backend = Literal["fused", "sdpa", "eager"]
 """`fused`: the flash kernels, FlexAttention, or sdpa without a mask. `sdpa`: with a dense mask."""
 Device = Literal["cuda", "cpu"]
+
+
+def counted_as(attention: str) -> Backend:
+    """How the memory of an attention implementation is counted; `auto` takes none that holds a mask."""
+    if attention == "sdpa":
+        return "sdpa"
+    return "eager" if attention == "eager" else "fused"
+
+
 FULL = Method()
 
 

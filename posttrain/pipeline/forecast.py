@@ -11,7 +11,7 @@ from typing import Any
 
 from posttrain.artifact import Artifact
 from posttrain.estimate import cost as costs
-from posttrain.estimate.activations import Pass
+from posttrain.estimate.activations import Pass, counted_as
 from posttrain.estimate.devices import GpuModel, cpu_here, gpu_here
 from posttrain.estimate.memory import Memory, Piece, largest_micro_batch, predict
 from posttrain.estimate.remedies import Remedy, Setting, remedies
@@ -21,11 +21,9 @@ from posttrain.pipeline.plan import Plan
 from posttrain.pipeline.shapes import Shapes, Standing
 from posttrain.stages.context import Job
 from posttrain.stages.samples import Samples
+from posttrain.training.sizes import PIECE_TOKENS, ROW_OF_DENSE_MASK
 
 TRAINING = ("pretrain", "sft", "dpo")
-_TOKENS = {"cpu": 2048, "cuda": 16384}
-_ROW_OF_DENSE_MASK = {"cpu": 256, "cuda": 2048}
-"""As `posttrain.training.limits` has them, which imports torch; a test compares the two."""
 _DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -168,16 +166,15 @@ def _training(job: Job, shapes: Shapes, device: GpuModel | None, samples: Sample
 def _setting(job: Job, standing: Standing, shapes: Shapes, device: GpuModel | None) -> Setting:
     """How a stage trains, as plain values."""
     kind = "cpu" if job.runtime.get("device") == "cpu" or (device is not None and device.kind == "cpu") else "cuda"
-    asked = str(job.runtime.get("attn_implementation"))
-    attention = asked if asked in ("sdpa", "eager") else "fused"  # what `auto` takes holds no mask
+    attention = counted_as(str(job.runtime.get("attn_implementation")))
     method = shapes.method(job, standing)
     how = Pass(job.precision, kind, attention, method)  # type: ignore[arg-type]
     length = int(job.config["data"]["max_length"])
     longest = 2 * length if job.kind == "dpo" else length
-    row = None if attention == "fused" else _ROW_OF_DENSE_MASK[kind]
+    row = None if attention == "fused" else ROW_OF_DENSE_MASK[kind]
     recompute = job.trainer.get("gradient_checkpointing") is True
     optim = str(job.trainer.get("optim"))
-    piece = Piece(_TOKENS[kind], row or _TOKENS[kind], recompute)
+    piece = Piece(PIECE_TOKENS[kind], row or PIECE_TOKENS[kind], recompute)
     return Setting(standing.architecture, how, optim, piece, longest, row)
 
 

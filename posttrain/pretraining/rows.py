@@ -75,15 +75,3 @@ class Stream:
         ids, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
         positions = np.concatenate([np.arange(len(part), dtype=np.int32) for part, _ in parts])
         return Row(ids, np.where(positions == 0, IGNORE, labels).astype(np.int32), positions)
-
-
-def wrap(documents: list[Row], length: int) -> tuple[list[Row], list[list[int]]]:
-    """Cuts one long stream of documents into rows of `length` tokens, see `Stream`.
-
-    Returns:
-        The rows, and for each row the indices of the documents it holds.
-    """
-    stream = Stream(np.cumsum([len(document) for document in documents]), length)
-    first, last = stream.documents(np.arange(len(stream)))
-    members = [list(range(a, b + 1)) for a, b in zip(first.tolist(), last.tolist(), strict=True)]
-    return [stream.row(number, documents.__getitem__) for number in range(len(stream))], members

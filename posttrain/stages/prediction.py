@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 
-from posttrain.estimate.activations import Pass
+from posttrain.estimate.activations import Pass, counted_as
 from posttrain.estimate.adapters import AdapterShape
 from posttrain.estimate.architecture import Architecture
 from posttrain.estimate.memory import Memory, Piece, largest_micro_batch, predict
@@ -18,9 +18,6 @@ from posttrain.models.lineage import Quantization
 from posttrain.models.load import TRAINED
 from posttrain.stages.setup import Machine
 from posttrain.training.limits import Limits
-
-_DENSE = {"sdpa": "sdpa", "eager": "eager"}
-"""Backends that hold a mask or scores of every pair of tokens in a row; all others are counted as fused."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,7 @@ def predict_stage(
         precision: the recipe's: bf16, fp16 or fp32.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    attention: Any = _DENSE.get(backend, "fused")
-    how = Pass(precision, machine.device, attention, _method(model, quantization))  # type: ignore[arg-type]
+    how = Pass(precision, machine.device, counted_as(backend), _method(model, quantization))  # type: ignore[arg-type]
     return Prediction(architecture_of(base.config.to_dict(), "the loaded model"), how, optim, checkpointing)
 
 

@@ -7,9 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from posttrain.models.attention import ONE_ROW
-
-_TOKENS = {"cpu": 2048, "cuda": 16384}
-_ROW_OF_DENSE_MASK = {"cpu": 256, "cuda": 2048}
+from posttrain.training.sizes import PIECE_TOKENS, ROW_OF_DENSE_MASK
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,8 @@ def piece_limits(
         fitting: capacity of a row (None: a piece is one) -> tokens that should fit the device's memory; asked on
             a GPU, where the recipe gives no number.
     """
-    one_row, tokens = attention in ONE_ROW, micro_batch_tokens or _TOKENS[device]
+    one_row, tokens = attention in ONE_ROW, micro_batch_tokens or PIECE_TOKENS[device]
     if fitting is not None and micro_batch_tokens is None and device == "cuda":
-        tokens = min(tokens, fitting(None if one_row else _ROW_OF_DENSE_MASK[device]))
-    row_tokens = tokens if one_row else min(tokens, _ROW_OF_DENSE_MASK[device])
+        tokens = min(tokens, fitting(None if one_row else ROW_OF_DENSE_MASK[device]))
+    row_tokens = tokens if one_row else min(tokens, ROW_OF_DENSE_MASK[device])
     return Limits(tokens, micro_batch_size, row_tokens, one_row)

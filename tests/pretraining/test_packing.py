@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain.pretraining.packing import cut_step, pack_best_fit, stack
-from posttrain.pretraining.rows import IGNORE, Row, make_row, wrap
+from posttrain.pretraining.rows import IGNORE, Row, make_row
+from tests.training.spine_tiny import wrap
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 

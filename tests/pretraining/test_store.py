@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.pretraining.rows import IGNORE, Row, Stream, make_row, wrap
+from posttrain.pretraining.rows import IGNORE, Row, Stream, make_row
 from posttrain.pretraining.store import BlockMaker, Joined, Store, StoredRows, StoreWriter, open_store, stored_row
+from tests.training.spine_tiny import wrap
 
 ROW = st.tuples(st.lists(st.integers(0, 99), min_size=1, max_size=12), st.integers(0, 4))
 

@@ -16,7 +16,7 @@ from posttrain.pretraining.arguments import trainer_arguments
 from posttrain.pretraining.fit import Fit, fit, resume_step
 from posttrain.pretraining.loop import Loop, Step
 from posttrain.pretraining.metrics import MetricsLog
-from posttrain.pretraining.rows import IGNORE, Row, make_row
+from posttrain.pretraining.rows import IGNORE, Row, Stream, make_row
 from posttrain.training.pairs import Pair
 
 VOCABULARY = 264
@@ -127,3 +127,15 @@ def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Te
 def score_fields(output: Any) -> list[str]:
     """The per-token fields of a fused head's output."""
     return [name for name, value in vars(output).items() if isinstance(value, torch.Tensor)]
+
+
+def wrap(documents: list[Row], length: int) -> tuple[list[Row], list[list[int]]]:
+    """Cuts one long stream of documents into rows of `length` tokens, see `Stream`.
+
+    Returns:
+        The rows, and for each row the indices of the documents it holds.
+    """
+    stream = Stream(np.cumsum([len(document) for document in documents]), length)
+    first, last = stream.documents(np.arange(len(stream)))
+    members = [list(range(a, b + 1)) for a, b in zip(first.tolist(), last.tolist(), strict=True)]
+    return [stream.row(number, documents.__getitem__) for number in range(len(stream))], members

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import posttrain.training.sft as sft
-from posttrain.pretraining.rows import IGNORE, Row, make_row, wrap
+from posttrain.pretraining.rows import IGNORE, Row, make_row
 from posttrain.training.sft import build_sft_trainer, sft_step
 from tests.training.spine_tiny import (
     END,
@@ -24,6 +24,7 @@ from tests.training.spine_tiny import (
     make_rows,
     make_tokenizer,
     score,
+    wrap,
 )
 
 CUTS = [
