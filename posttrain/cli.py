@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,6 +38,13 @@ Overrides = Annotated[
 DEFAULT_RUNS = Path("runs")
 
 
+class Executor(StrEnum):
+    """Where the stages of a run are started."""
+
+    local = "local"
+    slurm = "slurm"
+
+
 @app.command()
 def run(
     recipe: RecipeArgument,
@@ -52,18 +60,38 @@ def run(
         bool, typer.Option("--other-versions", help="Resume checkpoints that other library versions wrote.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    executor: Annotated[
+        Executor, typer.Option("--executor", help="Where stages run: here, or each as a job of a Slurm cluster.")
+    ] = Executor.local,
+    paths_from: Annotated[
+        Path | None, typer.Option("--paths-from", metavar="DIR", hidden=True, help="Folder of a copied recipe's paths.")
+    ] = None,
 ) -> None:
-    """Run a recipe: finished stages are skipped, unfinished ones resumed."""
+    """Run a recipe: finished stages are skipped, unfinished ones resumed.
+
+    With --executor slurm everything is planned, checked and fetched now, and a job is submitted for each stage
+    that must run, sized by runtime (num_machines, num_processes, threads) and runtime.slurm: see docs/slurm.md.
+    """
+    from posttrain import torchrun
     from posttrain.console import open_console
     from posttrain.pipeline.plan_table import plan_text
     from posttrain.pipeline.run import Request, run_recipe
 
-    loaded = _load(recipe, overrides)
+    if torchrun.follows():
+        raise typer.Exit(torchrun.follow())
+    loaded = _load(recipe, overrides, paths_from)
     request = Request(tuple(redo or ()), until, verify, other_versions)
     if dry_run:
         planned = request.plan(loaded, runs_dir / loaded.recipe.name)
         typer.echo(plan_text(planned))
         planned.refuse()
+        return
+    if executor is Executor.slurm:
+        from posttrain.slurm.submit import submit_recipe
+        from posttrain.slurm.table import show_jobs
+
+        jobs = submit_recipe(loaded, runs_dir, request, overrides or [], lambda text: typer.echo(text, err=True))
+        show_jobs(jobs, sys.stdout, quiet)
         return
     console = open_console(quiet)
     try:
@@ -71,7 +99,8 @@ def run(
     except Interrupted as error:
         again = ["posttrain", "run", recipe, *(["--runs-dir", str(runs_dir)] if runs_dir != DEFAULT_RUNS else [])]
         again += [word for override in overrides or [] for word in ("--set", override)]
-        raise Interrupted(error.where, error.found, f"go on with: {shlex.join(again)}") from None
+        job = "it goes on from its checkpoint when the job is requeued, or the run submitted again"
+        raise Interrupted(error.where, error.found, job if paths_from else f"go on with: {shlex.join(again)}") from None
     finally:
         console.close()
 
@@ -118,7 +147,10 @@ def check(
     samples = Samples()
     preflight(loaded, planned, samples)
     if show:
-        _show_rows(planned, show, stage_name, html)
+        from posttrain.pipeline.show_rows import show_rows
+
+        told = show_rows(planned, show, stage_name, html, lambda text: typer.echo(text, err=True))
+        typer.echo(told, nl=False)
     _show_forecast(planned, device, samples, as_json)
 
 
@@ -278,8 +310,6 @@ def init_(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, with which editors complete and check them."""
-    import json
-
     from posttrain.recipe.json_schema import recipe_schema
 
     typer.echo(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
@@ -344,10 +374,10 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
     return found
 
 
-def _load(recipe: str, overrides: list[str] | None) -> LoadedRecipe:
+def _load(recipe: str, overrides: list[str] | None, folder: Path | None = None) -> LoadedRecipe:
     from posttrain.recipe.load import load_recipe
 
-    return load_recipe(recipe, overrides or [], os.environ)
+    return load_recipe(recipe, overrides or [], os.environ, folder)
 
 
 def _show_forecast(planned: Plan, device: GpuModel | None, samples: Samples, as_json: bool) -> None:
@@ -359,31 +389,6 @@ def _show_forecast(planned: Plan, device: GpuModel | None, samples: Samples, as_
     typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else f"\n{forecast_text(found)}")
     if found.too_large and found.device is not None and found.settled:
         raise UserError(found.device.name, no_room(found), "change the recipe, or name another device with --gpu")
-
-
-def _show_rows(planned: Plan, count: int, name: str | None, html: Path | None) -> None:
-    """Shows what stages will learn from their first rows: printed, or written as a page."""
-    import logging
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it laments kernels that rendering does not need
-    from posttrain.artifact import write_atomically
-    from posttrain.recipe.describe import nearest
-    from posttrain.report.token_view import token_page, token_text
-    from posttrain.stages.preview import SHOWN_KINDS, preview
-
-    jobs = {stage.stage: stage.job for stage in planned.stages}
-    shown = [job.stage for job in jobs.values() if job.kind in SHOWN_KINDS]
-    if name is not None and name not in shown:
-        raise UserError(f"--stage {name}", "is no sft or dpo stage of this recipe", nearest(name, shown))
-    stages = []
-    for one in [name] if name else shown:
-        typer.echo(f"rendering the rows of {one}", err=True)
-        stages.append(preview(jobs[one], jobs, count))
-    if html is None:
-        typer.echo("\n" + token_text(stages, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ), nl=False)
-        return
-    write_atomically(html, token_page(f"{planned.run_dir.name}: what the model learns", stages))
-    typer.echo(f"wrote {html}")
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,12 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from posttrain import torchrun
 from posttrain.errors import Interrupted, StageError, UserError
+from posttrain.stage_process import EVENTS, LOG, across_nodes, command, spreads, stage_command, stage_environment
 from posttrain.stages.fork_server import Forked, ForkServer
 
-LOCK, LOG = ".lock", "log.txt"
+LOCK = ".lock"
 STOP_SECONDS = 60.0
 """How long a stage may take to save its checkpoint after it was asked to stop."""
+FAILED_SECONDS = 15.0
+"""How long the processes of a stage may go on after one of them failed: a collective without it may hang."""
 TAIL_LINES = 15
 FORK_STAGES = True
 """Whether stages on the CPU are forked from one process that has their imports; off, each starts anew."""
@@ -92,42 +95,6 @@ def sign(lock: int) -> None:
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
 
 
-def stage_environment(runtime: Mapping[str, Any], base: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment of a stage: the given one, made quiet, deterministic and of the right size.
-
-    Args:
-        runtime: the stage's runtime block as plain values.
-        base: what the stage inherits; threads set there hold unless the recipe names its own.
-    """
-    processes = runtime.get("num_processes") or 1
-    share = str(max(1, len(os.sched_getaffinity(0)) // processes))
-    threads = str(runtime["threads"]) if runtime.get("threads") else base.get("OMP_NUM_THREADS", share)
-    environment = {
-        **base,
-        "OMP_NUM_THREADS": threads,
-        "OMP_WAIT_POLICY": base.get(
-            "OMP_WAIT_POLICY", "PASSIVE"
-        ),  # spinning threads stall when other work is on the cores
-        "TOKENIZERS_PARALLELISM": base.get("TOKENIZERS_PARALLELISM", "true"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONHASHSEED": "0",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONSAFEPATH": "1",  # a folder called `datasets` where the user stands must not be imported
-        "CUBLAS_WORKSPACE_CONFIG": base.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),  # or cuBLAS is not deterministic
-    }
-    if runtime.get("device") == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    return environment
-
-
-def command(job: Path, processes: int) -> list[str]:
-    """Returns the command line of a stage on one device, or on several through torchrun."""
-    if processes == 1:
-        return [sys.executable, "-m", "posttrain.stages", str(job)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *launcher, "-m", "posttrain.stages", str(job)]
-
-
 @dataclass
 class Running:
     """A stage's process as its parent holds it."""
@@ -139,6 +106,11 @@ class Running:
     lifeline: int
     """Write end that nobody writes to: closing it, as our death does, tells the stage to stop."""
     error: dict[str, Any] | None = None
+    """The first that came: other processes fail because of it, and say so later."""
+    killed: dict[str, Any] | None = None
+    """Which of several processes died before it could say why."""
+    slurm_job: str | None = None
+    """Set where srun runs the stage on several nodes: it takes a signal as its own end, not that of its tasks."""
     _pending: bytes = field(default=b"", repr=False)
 
     def listen(self, listener: Listener, seconds: float) -> bool:
@@ -149,10 +121,19 @@ class Running:
         *lines, self._pending = (self._pending + block).split(b"\n")
         for line in lines:
             event = json.loads(line)
-            if event["event"] == "error":
+            if event["event"] == "error" and self.error is None:
                 self.error = event
+            elif event["event"] == "killed":
+                self.killed = event
             listener(event)
         return bool(block)
+
+    def ask_to_stop(self) -> None:
+        """Asks the stage to save a checkpoint; its leader alone: data workers must live until the save is done."""
+        if self.slurm_job is None:
+            self.process.terminate()
+        else:
+            subprocess.run(["scancel", "--signal=TERM", self.slurm_job], check=False)
 
     def kill(self) -> None:
         """Kills the whole group."""
@@ -173,9 +154,12 @@ def start(job: Path, kind: str, runtime: Mapping[str, Any], lock: int, server: F
     Args:
         server: forks the stage if it has the stage's environment.
     """
-    events_read, events_write = os.pipe()
     lifeline_read, lifeline_write = os.pipe()
     environment = stage_environment(runtime, os.environ)
+    with_others = torchrun.launched() and spreads(runtime)
+    nodes = across_nodes(runtime, environment)
+    by_file = with_others or nodes
+    events_read, events_write = _event_file(job.with_name(EVENTS)) if by_file else os.pipe()
     log = job.parent / LOG
     process: subprocess.Popen[bytes] | Forked | None = None
     try:
@@ -186,8 +170,12 @@ def start(job: Path, kind: str, runtime: Mapping[str, Any], lock: int, server: F
                 process = server.fork(job, kind, (output.fileno(), events_write, lifeline_read, lock))
             if process is None:
                 told = {"POSTTRAIN_EVENTS_FD": str(events_write), "POSTTRAIN_LIFELINE_FD": str(lifeline_read)}
+                if by_file:
+                    told["POSTTRAIN_EVENTS_FILE"] = str(job.with_name(EVENTS))
+                if with_others:
+                    told |= torchrun.call(job)
                 process = subprocess.Popen(
-                    command(job, runtime.get("num_processes") or 1),
+                    stage_command(job) if with_others else command(job, runtime, environment),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -198,7 +186,13 @@ def start(job: Path, kind: str, runtime: Mapping[str, Any], lock: int, server: F
     finally:
         os.close(events_write)
         os.close(lifeline_read)
-    return Running(process, log, events_read, lifeline_write)
+    return Running(process, log, events_read, lifeline_write, slurm_job=environment["SLURM_JOB_ID"] if nodes else None)
+
+
+def _event_file(path: Path) -> tuple[int, int]:
+    """Opens a new file of events, for processes on machines that inherit no descriptor: (our end, theirs)."""
+    path.write_bytes(b"")
+    return os.open(path, os.O_RDONLY), os.open(path, os.O_WRONLY | os.O_APPEND)
 
 
 def forkable(runtimes: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
@@ -210,7 +204,7 @@ def forkable(runtimes: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
     environments = [stage_environment(runtime, os.environ) for runtime in runtimes]
     if not FORK_STAGES or len(environments) < 2 or any(environment != environments[0] for environment in environments):
         return None
-    if any((runtime.get("num_processes") or 1) > 1 for runtime in runtimes):
+    if any(map(spreads, runtimes)):
         return None
     gpu = environments[0].get("CUDA_VISIBLE_DEVICES") != "" and Path("/dev/nvidiactl").exists()
     return None if gpu else environments[0]
@@ -226,7 +220,7 @@ def attend(stage: str, running: Running, asked: Interruption, listener: Listener
         PosttrainError: the stage's own error with its exit code; StageError when it died without one;
             Interrupted when it was asked to stop.
     """
-    deadline = None
+    deadline, failed = None, False
     try:
         while running.process.poll() is None:
             if not running.listen(listener, _POLL):
@@ -234,7 +228,9 @@ def attend(stage: str, running: Running, asked: Interruption, listener: Listener
             if asked.count and deadline is None:
                 deadline = time.monotonic() + STOP_SECONDS
                 listener({"event": "phase", "text": "stopping: saving a checkpoint (Ctrl-C again kills it)"})
-                running.process.terminate()  # its leader alone: data workers must live until the save is done
+                running.ask_to_stop()
+            if (running.error or running.killed) and not failed:
+                failed, deadline = True, time.monotonic() + FAILED_SECONDS
             if asked.count > 1 or (deadline is not None and time.monotonic() > deadline):
                 running.kill()
         while running.listen(listener, 0) and select.select([running.events], [], [], 0)[0]:
@@ -249,18 +245,35 @@ def _judge(stage: str, running: Running, asked: Interruption) -> None:
     code = running.process.wait()
     if code == 0:
         return
-    if asked.count or code in (Interrupted.exit_code, -signal.SIGTERM, -signal.SIGINT):
-        raise Interrupted(f"stage {stage}", "stopped before its end", "")
     error = running.error
+    failed = error is not None and error["exit_code"] != Interrupted.exit_code
+    stopped = asked.count or code in (Interrupted.exit_code, -signal.SIGTERM, -signal.SIGINT)
+    if stopped and not failed and running.killed is None:
+        raise Interrupted(f"stage {stage}", "stopped before its end", "")
+    if running.killed is not None:
+        rank, name = running.killed["rank"], running.killed["signal"]
+        raise StageError(f"stage {stage}, rank {rank}", _death(name, running.log), f"the whole log is in {running.log}")
     if error is not None and error["exit_code"] == UserError.exit_code:
         raise UserError(error["where"], error["found"], error["todo"])
     todo = f"the whole log is in {running.log}"
     if error is not None:
         raise StageError(error["where"], error["found"], f"{error['todo']}\n  -> {todo}".removeprefix("\n  -> "))
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    if code == -signal.SIGKILL:
-        how += " (often the system's out-of-memory killer)"
-    raise StageError(f"stage {stage}", f"its process {how}\n{tail(running.log)}", todo)
+    how = (
+        _death(signal.Signals(-code).name, running.log)
+        if code < 0
+        else _end(f"ended with exit code {code}", running.log)
+    )
+    raise StageError(f"stage {stage}", how, todo)
+
+
+def _death(name: str, log: Path) -> str:
+    """What the death of a process by a signal is to people."""
+    guess = " (often the system's out-of-memory killer)" if name == "SIGKILL" else ""
+    return _end(f"was killed by {name}{guess}", log)
+
+
+def _end(how: str, log: Path) -> str:
+    return f"its process {how}\n{tail(log)}"
 
 
 def tail(log: Path, lines: int = TAIL_LINES) -> str:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
@@ -33,10 +33,11 @@ class Command:
     Args:
         recipe: the YAML file.
         runs: folder of runs; the output of every start is appended to `command.log` in it.
+        options: of `posttrain run`, besides.
     """
 
-    def __init__(self, recipe: Path, runs: Path) -> None:
-        self.recipe, self.runs = recipe, runs
+    def __init__(self, recipe: Path, runs: Path, options: Sequence[str] = ()) -> None:
+        self.recipe, self.runs, self.options = recipe, runs, list(options)
         self.stages: list[str] = list(yaml.safe_load(recipe.read_text(encoding="utf-8"))["stages"])
         self.run_dir = runs / yaml.safe_load(recipe.read_text(encoding="utf-8"))["name"]
         self.log = runs / "command.log"
@@ -48,11 +49,24 @@ class Command:
     def start(self, **environment: str) -> None:
         """Starts the command in a session of its own."""
         self.runs.mkdir(parents=True, exist_ok=True)
-        words = [sys.executable, "-m", "posttrain", "run", str(self.recipe), "--runs-dir", str(self.runs)]
+        words = [
+            sys.executable,
+            "-m",
+            "posttrain",
+            "run",
+            str(self.recipe),
+            "--runs-dir",
+            str(self.runs),
+            *self.options,
+        ]
         self.started, self.began = time.time(), {}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                words, stdout=log, stderr=log, env={**os.environ, **environment}, start_new_session=True
+                [*words, *self.options],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **environment},
+                start_new_session=True,
             )
 
     def ended(self) -> bool:
@@ -106,6 +120,17 @@ class Command:
                 found.update(("stage", forked) for forked in children(child))
             else:
                 found["stage"] = child
+        return found
+
+    def ranks(self) -> dict[int, int]:
+        """Ids of the living processes that train the stage at work together, by rank; none where it is one process."""
+        found = {}
+        for child in children(self.processes().get("stage", 0)):
+            told = dict(
+                entry.split(b"=", 1) for entry in read_bytes(Path(f"/proc/{child}/environ")).split(b"\0") if entry
+            )
+            if b"RANK" in told:
+                found[int(told[b"RANK"])] = child
         return found
 
     def kill(self, victim: str) -> str:

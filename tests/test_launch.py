@@ -17,7 +17,8 @@ import pytest
 from runs_support import Project
 
 from posttrain.errors import Interrupted, StageError, UserError
-from posttrain.launch import Interruption, attend, command, forkable, locked, stage_environment, start, tail
+from posttrain.launch import Interruption, attend, forkable, locked, start, tail
+from posttrain.stage_process import command, stage_environment
 
 STAGES = ("sft", "instruct", "dpo", "aligned")
 
@@ -276,13 +277,21 @@ def test_the_environment_of_a_stage() -> None:
     assert stage_environment({}, {"OMP_NUM_THREADS": "1"})["OMP_NUM_THREADS"] == "1"
     assert stage_environment({"threads": 3}, {"OMP_NUM_THREADS": "1"})["OMP_NUM_THREADS"] == "3"
     assert stage_environment({"num_processes": 64}, {})["OMP_NUM_THREADS"] == "1"
+    assert stage_environment({"num_processes": 64, "num_machines": 64}, {})["OMP_NUM_THREADS"] == str(cores)
     assert stage_environment({"device": "cpu"}, {"CUDA_VISIBLE_DEVICES": "0"})["CUDA_VISIBLE_DEVICES"] == ""
     assert stage_environment({"device": "auto"}, {"CUDA_VISIBLE_DEVICES": "1"})["CUDA_VISIBLE_DEVICES"] == "1"
     fixed = stage_environment({}, {"HOME": "/home/me"})
     assert (fixed["PYTHONHASHSEED"], fixed["HF_HUB_DISABLE_TELEMETRY"], fixed["HOME"]) == ("0", "1", "/home/me")
 
 
-def test_several_processes_start_through_torchrun() -> None:
-    words = command(Path("job.json"), 4)
-    assert words[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    assert words[-3:] == ["-m", "posttrain.stages", "job.json"]
+def test_one_process_needs_no_launcher_and_several_machines_are_reached_by_srun() -> None:
+    job, slurm = Path("job.json"), {"SLURM_JOB_ID": "7"}
+    assert command(job, {"num_processes": 1}, slurm)[1:] == ["-m", "posttrain.stages", "job.json"]
+    several = ["-m", "posttrain.stages.launcher", "job.json"]
+    assert command(job, {"num_processes": 4}, slurm)[1:] == several
+    assert command(job, {"num_processes": 1, "accelerate_config": "/ddp.yaml"}, {})[1:] == several
+    words = command(job, {"num_processes": 16, "num_machines": 2}, slurm)
+    assert words[:2] == ["srun", "--nodes"]
+    assert "--kill-on-bad-exit=1" in words
+    assert words[-3:] == several
+    assert command(job, {"num_processes": 16, "num_machines": 2}, {})[1:] == several

@@ -23,7 +23,7 @@ FLOORS: list[frozenset[str] | tuple[str, ...]] = [
     ("training",),
     frozenset({"certify", "evaluation", "report", "estimate", "doctor"}),
     ("stages",),
-    ("pipeline", "launch", "runs", "rehearse", "draft"),
+    ("pipeline", "launch", "stage_process", "torchrun", "runs", "rehearse", "draft", "slurm"),
     ("cli",),
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

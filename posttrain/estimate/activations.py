@@ -18,6 +18,7 @@ from typing import Literal
 
 from posttrain.estimate.adapters import AdapterShape, Target, adapter_targets
 from posttrain.estimate.architecture import Architecture, Block
+from posttrain.estimate.spread import ALONE, Spread
 from posttrain.estimate.weights import ITEM, Method, Precision
 
 Backend = Literal["fused", "sdpa", "eager"]
@@ -43,6 +44,7 @@ class Pass:
     device: Device = "cuda"
     attention: Backend = "fused"
     method: Method = FULL
+    spread: Spread = ALONE
 
     @property
     def compute(self) -> int:
@@ -51,8 +53,8 @@ class Pass:
 
     @property
     def stream(self) -> int:
-        """Bytes of a value of the residual stream."""
-        return 4 if self.method.is_full else self.compute
+        """Bytes of a value of the residual stream: those of the embedding that layers see."""
+        return 4 if self.method.is_full and not self.spread.low else self.compute
 
 
 @dataclass(frozen=True)

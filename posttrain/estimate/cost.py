@@ -46,22 +46,25 @@ def reference_flops_per_token(model: Architecture, mean_length: float) -> float:
     return 2 * model.matmul_parameters + 2 * model.block.query * mean_length * model.layers
 
 
-def cost(flops: float, tokens: int, device: GpuModel | None, tokens_per_second: float | None = None) -> Cost:
-    """Turns operations into seconds and watt-hours.
+def cost(
+    flops: float, tokens: int, device: GpuModel | None, tokens_per_second: float | None = None, devices: int = 1
+) -> Cost:
+    """Turns operations into seconds and watt-hours; what devices tell one another is not counted.
 
     Args:
         flops: of one token, all passes together.
         tokens: of the whole stage.
-        tokens_per_second: what was measured on this very device.
+        tokens_per_second: what was measured on this very device, or on so many of them together.
+        devices: that share the tokens; all of them draw power.
     """
     if tokens_per_second:
         seconds, source = tokens / tokens_per_second, "measured"
     elif device is not None and device.teraflops is not None:
-        seconds, source = flops * tokens / (device.teraflops * 1e12 * EFFICIENCY), "tabled"
+        seconds, source = flops * tokens / (device.teraflops * 1e12 * EFFICIENCY * devices), "tabled"
     else:
         return Cost(flops, None, None, "no throughput is known for this device")
     watts = device.watts if device is not None else None
-    return Cost(flops, seconds, None if watts is None else seconds * watts * LOAD / 3600, source)
+    return Cost(flops, seconds, None if watts is None else seconds * devices * watts * LOAD / 3600, source)
 
 
 def training_disk(model: Architecture, method: Method, static: Static, keep: int, item: int, snapshots: int) -> int:

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 
 from posttrain.estimate.activations import Device, Pass, norm_bytes, saved_by_block
 from posttrain.estimate.architecture import Architecture
-from posttrain.estimate.weights import optimizer_scratch, static_bytes, trained_tensors
+from posttrain.estimate.spread import Exchange, exchange
+from posttrain.estimate.weights import optimizer_scratch, static_bytes, trained_parts, trained_tensors
 
 GIB = 1 << 30
 _TILE_TOKENS, _TILE_COLUMNS = 4096, 32768
@@ -33,7 +34,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a training step at its peak, by what holds them."""
+    """Bytes of a training step at its peak, by what holds them; of one process and its device."""
 
     weights: int
     trainable: int
@@ -47,6 +48,8 @@ class Memory:
     """Logits in tiles, and the gradients at the head."""
     working: int
     """What one block, one weight's gradient or the optimizer needs while it computes."""
+    exchange: int
+    """Of several processes: buckets, and what is whole for a moment; see `posttrain.estimate.spread.exchange`."""
     margin: int
     """Fragmentation, and the process itself; not part of `allocated`."""
 
@@ -70,23 +73,34 @@ def predict(model: Architecture, how: Pass, optim: str, piece: Piece) -> Memory:
     Args:
         optim: `trainer.optim`.
     """
-    static = static_bytes(model, how.method, how.precision, optim)
-    moments = _moments(model, how, piece)
-    scratch = optimizer_scratch(trained_tensors(model, how.method), optim)
-    moments.append(_Moment(0, 0, 0, max(scratch, _embedding_gradient(model, how))))
+    spread, method = how.spread, how.method
+    static = static_bytes(model, method, how.precision, optim, spread)
+    sent = exchange(model, spread, how.compute, static.trainable_parameters, method.is_full)
+    moments = _moments(model, how, piece, sent)
+    scratch = 0 if spread.updates_on_host else optimizer_scratch(trained_parts(model, method, spread), optim)
+    moments.append(_Moment(0, 0, 0, scratch, sent.step))
+    moments.append(_Moment(0, 0, 0, _embedding_gradient(model, how), sent.embedding))
     worst = max(moments, key=lambda moment: moment.total)
     margin = _CONTEXT[how.device] + round(_FRAGMENTED * worst.total)
     return Memory(
-        static.weights,
-        static.trainable,
-        static.gradients,
-        static.optimizer - static.paged,
+        0 if spread.weights_on_host else static.weights,
+        0 if spread.weights_on_host else static.trainable,
+        0 if spread.updates_on_host else static.gradients,
+        0 if spread.updates_on_host else static.optimizer - static.paged,
         worst.activations,
         worst.casts,
         worst.head,
         worst.working,
+        worst.exchange,
         margin,
     )
+
+
+def host_bytes(model: Architecture, how: Pass, optim: str) -> int:
+    """Bytes that one process keeps in the memory of its host instead of its device's."""
+    static = static_bytes(model, how.method, how.precision, optim, how.spread)
+    weights = static.weights + static.trainable if how.spread.weights_on_host else 0
+    return weights + (static.gradients + static.optimizer if how.spread.updates_on_host else 0)
 
 
 def predict_peak(model: Architecture, how: Pass, optim: str, piece: Piece) -> int:
@@ -140,13 +154,14 @@ class _Moment:
     casts: int
     head: int
     working: int
+    exchange: int
 
     @property
     def total(self) -> int:
-        return self.activations + self.casts + self.head + self.working
+        return self.activations + self.casts + self.head + self.working + self.exchange
 
 
-def _moments(model: Architecture, how: Pass, piece: Piece) -> list[_Moment]:
+def _moments(model: Architecture, how: Pass, piece: Piece, sent: Exchange) -> list[_Moment]:
     one = saved_by_block(model, how).bytes(piece.tokens, piece.row_tokens)
     inputs = model.layers * how.stream * model.block.hidden * piece.tokens
     kept = inputs if piece.checkpointing else model.layers * one
@@ -156,12 +171,18 @@ def _moments(model: Architecture, how: Pass, piece: Piece) -> list[_Moment]:
     before, head = _head(model, how, piece.tokens)
     if piece.checkpointing:
         return [
-            _Moment(kept + outside, 0, head, 0),
-            _Moment(kept + outside, casts, before, 0),
-            _Moment(kept + one, casts // model.layers, 0, backward),
-            _Moment(kept, casts, 0, forward),
+            _Moment(kept + outside, 0, head, 0, sent.head),
+            _Moment(kept + outside, casts, before, 0, sent.head),
+            _Moment(kept + one, casts // model.layers, 0, backward, sent.backward),
+            _Moment(kept, casts, 0, forward, sent.forward),
+            _Moment(one, casts // model.layers, 0, forward, sent.begin),
         ]
-    return [_Moment(kept + outside, casts, head, 0), _Moment(kept, casts, 0, max(forward, backward))]
+    return [
+        _Moment(kept + outside, casts, head, 0, sent.head),
+        _Moment(one, casts // model.layers, 0, forward, sent.begin),
+        _Moment(kept, casts, 0, forward, sent.forward),
+        _Moment(kept, casts, 0, backward, sent.backward),
+    ]
 
 
 def _outside(model: Architecture, how: Pass, piece: Piece) -> int:
@@ -174,8 +195,11 @@ def _outside(model: Architecture, how: Pass, piece: Piece) -> int:
 
 
 def _casts(model: Architecture, how: Pass) -> int:
-    """Autocast's copies of trained weights; the head casts its own, tile by tile, and stacked experts none."""
-    if how.compute == 4:
+    """Autocast's copies of trained weights; the head casts its own, tile by tile, and stacked experts none.
+
+    None where layers see their weights in the compute dtype anyway.
+    """
+    if how.compute == 4 or how.spread.low:
         return 0
     if how.method.is_full:
         return how.compute * sum(tensor.numel for tensor in model.matrices)
@@ -194,11 +218,15 @@ def _head(model: Architecture, how: Pass, tokens: int) -> tuple[int, int]:
         weight += (4 + 2 * how.stream) * rows * hidden
     if how.device == "cpu" and tokens * rows <= _PLAIN_LOGITS:
         logits = (15 if item == 2 else 16) * rows * tokens + item * hidden * tokens
+        if trained and how.spread.low:
+            weight -= (4 - item) * rows * hidden  # the gradient in the dtype of the gathered weight alone
         return logits, weight + logits + 4 * hidden * tokens
+    if trained and how.spread.low:
+        weight += item * rows * hidden  # summed up in fp32, then given in the dtype of the gathered weight
     tile_tokens = min(tokens, _TILE_TOKENS)
     tile = item * tile_tokens * _TILE_COLUMNS
     folded = 24 * tile_tokens * columns if how.device == "cpu" else 0  # torch folds a tile in fp32, Triton in place
-    copies = (item * (columns + tile_tokens) * hidden) if trained and item == 2 else 0
+    copies = (item * (columns + tile_tokens) * hidden) if trained and item == 2 and not how.spread.low else 0
     forward = tile + folded + copies + (how.stream * hidden * rows if moved else 0)
     return forward, weight + tile + folded + copies + (4 + 2 * how.stream) * hidden * tokens
 
@@ -222,14 +250,17 @@ def _working(model: Architecture, how: Pass, tokens: int) -> tuple[int, int]:
     largest = max((tensor.numel for tensor in model.matrices), default=0)
     if how.method.four_bits:
         spans = [span + how.compute * largest for span in spans]
-    if adapter is None:
-        spans[1] += (how.compute if how.compute == 2 else 0) * largest + 4 * largest
+    if adapter is None and not how.spread.low:
+        made = 0 if how.spread.kind == "fsdp" else 4 * largest  # those of a whole block are part of the exchange
+        spans[1] += (how.compute if how.compute == 2 else 0) * largest + made
     return spans[0], spans[1]
 
 
 def _embedding_gradient(model: Architecture, how: Pass) -> int:
     """The embedding's gradient comes last, as a whole, and is added to what is there."""
     adapter = how.method.adapter
+    if adapter is None and how.spread.kind != "ddp":
+        return 0  # part of what is exchanged
     if adapter is None or any("embed" in name for name in adapter.modules_to_save):
         return 4 * model.vocabulary * model.block.hidden
     return 0

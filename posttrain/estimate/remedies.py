@@ -10,10 +10,12 @@ from posttrain.estimate.adapters import AdapterShape
 from posttrain.estimate.architecture import Architecture
 from posttrain.estimate.devices import find_device, known_devices
 from posttrain.estimate.memory import Piece, predict
+from posttrain.estimate.spread import Spread
 from posttrain.estimate.weights import Method, is_eight_bit, quantised
 
 _EIGHT_BIT = {"adamw": "adamw_bnb_8bit", "lion": "lion_8bit"}
 _SHORTEST = 256
+_MOST_PROCESSES = 64
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def remedies(setting: Setting, budget: int) -> Iterator[Remedy]:
     """Yields the changes that make a stage fit `budget` bytes, each by itself or with recomputed activations.
 
     They come in the order of what they cost: recomputing, an 8-bit optimizer, a shorter length, an adapter, an
-    adapter over 4 bits, and the smallest known GPU that holds it as it is.
+    adapter over 4 bits, cutting the model over (more) processes, and the smallest known GPU that holds it as it is.
     """
     for change, other in _changes(setting):
         need = other.smallest()
@@ -57,6 +59,7 @@ def remedies(setting: Setting, budget: int) -> Iterator[Remedy]:
             need, change = other.smallest(), f"{change} and gradient_checkpointing: true"
         if need <= budget:
             yield Remedy(change, need)
+    yield from _more_processes(setting, budget)
     need = setting.smallest()
     known = [find_device(name) for name in known_devices()]
     fitting = [one for one in known if one.memory >= need and (one.bf16 or setting.how.precision != "bf16")]
@@ -79,8 +82,28 @@ def _changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
     if method.is_full:
         yield "method: lora", _with(setting, Method(AdapterShape(16)))
     if not method.four_bits and quantised(setting.model) and not method.parents:
-        adapter = method.adapter or AdapterShape(16)
-        yield "method: qlora", _with(setting, Method(replace(adapter, dora=False), four_bits=True))
+        adapter, spread = method.adapter or AdapterShape(16), setting.how.spread
+        whole = replace(setting, how=replace(setting.how, spread=Spread("ddp", spread.processes, spread.machines)))
+        apart = " and accelerate_config: ddp" if spread.kind != "ddp" else ""  # 4-bit weights are not cut
+        yield f"method: qlora{apart}", _with(whole, Method(replace(adapter, dora=False), four_bits=True))
+
+
+def _more_processes(setting: Setting, budget: int) -> Iterator[Remedy]:
+    """The fewest processes over which the model fits if FSDP2 cuts it; 4-bit weights are not cut."""
+    spread, how = setting.how.spread, setting.how
+    if how.method.four_bits or how.device != "cuda":
+        return
+    kept = spread.kind == "fsdp"  # DeepSpeed cuts a model only after it stood whole on each device
+    name = "" if kept else "accelerate_config: fsdp2"
+    count = 2 * spread.processes if kept else max(spread.processes, 2)
+    while count <= _MOST_PROCESSES:
+        moved = replace(spread, processes=count) if kept else Spread("fsdp", count, spread.machines)
+        need = replace(setting, how=replace(how, spread=moved)).smallest()
+        if need <= budget:
+            number = f"num_processes: {count}" if count != spread.processes else ""
+            yield Remedy(" and ".join(filter(None, (number, name))), need)
+            return
+        count *= 2
 
 
 def _with(setting: Setting, method: Method) -> Setting:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from posttrain.estimate.adapters import AdapterShape, Trained, adapter_tensors
 from posttrain.estimate.architecture import Architecture, Tensor
+from posttrain.estimate.spread import ALONE, Spread
 
 Precision = Literal["bf16", "fp16", "fp32"]
 ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -41,7 +42,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Static:
-    """Bytes that stay from step to step."""
+    """Bytes that stay from step to step, of one process."""
 
     weights: int
     """The base as it lies in memory, and frozen adapters."""
@@ -49,9 +50,11 @@ class Static:
     """What an adapter adds; 0 in full training, whose weights are all in `weights`."""
     gradients: int
     optimizer: int
+    """Its state; under ZeRO the fp32 weights as well, which DeepSpeed keeps there."""
     paged: int
     """Of the optimizer state, in memory that CUDA moves to the host when the GPU is full."""
     trainable_parameters: int
+    """Of the whole model, as the next one."""
     parameters: int
     """Of the base; a tied head counts once."""
 
@@ -61,25 +64,45 @@ class Static:
         return self.weights + self.trainable + self.gradients + self.optimizer - self.paged
 
 
-def static_bytes(model: Architecture, method: Method, precision: Precision, optim: str) -> Static:
-    """Counts the bytes of weights, gradients and optimizer state.
+def static_bytes(
+    model: Architecture, method: Method, precision: Precision, optim: str, spread: Spread = ALONE
+) -> Static:
+    """Counts the bytes of weights, gradients and optimizer state, wherever they lie.
 
     Trained tensors are fp32 whatever the precision; frozen ones have the precision's dtype, or 4 bits where
-    bitsandbytes quantises them.
+    bitsandbytes quantises them. DeepSpeed holds model and gradients in the precision's dtype, and fp32 copies of
+    what trains in its optimizer.
 
     Args:
         optim: `trainer.optim`.
+        spread: how it lies over processes; the first one's part is counted.
     """
-    trained = trained_tensors(model, method)
-    count = sum(tensor.numel for tensor in trained)
+    trained, item = trained_tensors(model, method), ITEM[precision]
+    apart = spread.low
+    size = item if apart else 4
+
+    def held(shape: tuple[int, ...]) -> int:
+        return spread.part_numel(shape) if spread.cuts_weights else math.prod(shape)
+
+    added = 0
     if method.is_full:
-        weights, added = 4 * model.parameters, 0
+        weights = sum(size * held(tensor.shape) for tensor in model.tensors)
     else:
-        weights = sum(_frozen_bytes(tensor, model, method, ITEM[precision]) for tensor in model.tensors)
-        weights += sum(4 * tensor.numel for parent in method.parents for tensor in adapter_tensors(model, parent))
-        added = 4 * count
-    optimizer, paged = optimizer_bytes(trained, optim)
-    return Static(weights, added, 4 * count, optimizer, paged, count, model.parameters)
+        weights = sum(
+            four_bit_bytes(tensor.numel, method.double_quant)
+            if method.four_bits and tensor.kind == "linear" and tensor.is_matrix
+            else item * held(tensor.shape)
+            for tensor in model.tensors
+        )
+        below = (tensor for parent in method.parents for tensor in adapter_tensors(model, parent))
+        weights += sum(size * held(tensor.shape) for tensor in below)
+        added = sum(size * held(tensor.shape) for tensor in trained)
+    parts = trained_parts(model, method, spread)
+    own = sum(part.numel for part in parts)
+    state, paged = optimizer_bytes(parts, optim)
+    count = sum(tensor.numel for tensor in trained)
+    gradients = size * (own if spread.cuts_gradients else count)
+    return Static(weights, added, gradients, state + (4 * own if apart else 0), paged, count, model.parameters)
 
 
 def trained_tensors(model: Architecture, method: Method) -> list[Trained]:
@@ -89,6 +112,14 @@ def trained_tensors(model: Architecture, method: Method) -> list[Trained]:
     return [Trained(one.name, one.shape, one.numel, one.kind == "embedding") for one in model.tensors]
 
 
+def trained_parts(model: Architecture, method: Method, spread: Spread) -> list[Trained]:
+    """The first process's parts of the tensors that take gradients: what its optimizer moves."""
+    return [
+        replace(one, shape=spread.part(one.shape), numel=spread.part_numel(one.shape))
+        for one in trained_tensors(model, method)
+    ]
+
+
 def quantised(model: Architecture) -> list[Tensor]:
     """The matrices that transformers turns into 4 bits.
 
@@ -96,12 +127,6 @@ def quantised(model: Architecture) -> list[Tensor]:
     tied): stacked experts, routers and classes derived from `Linear` stay as they are.
     """
     return [tensor for tensor in model.tensors if tensor.kind == "linear" and tensor.is_matrix]
-
-
-def _frozen_bytes(tensor: Tensor, model: Architecture, method: Method, item: int) -> int:
-    if method.four_bits and tensor.kind == "linear" and tensor.is_matrix:
-        return four_bit_bytes(tensor.numel, method.double_quant)
-    return item * tensor.numel
 
 
 def four_bit_bytes(numel: int, double_quant: bool) -> int:

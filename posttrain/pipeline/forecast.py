@@ -13,14 +13,16 @@ from posttrain.artifact import Artifact
 from posttrain.estimate import cost as costs
 from posttrain.estimate.activations import Pass, counted_as
 from posttrain.estimate.devices import GpuModel, cpu_here, gpu_here
-from posttrain.estimate.memory import Memory, Piece, largest_micro_batch, predict
+from posttrain.estimate.memory import Memory, Piece, host_bytes, largest_micro_batch, predict
 from posttrain.estimate.remedies import Remedy, Setting, remedies
+from posttrain.estimate.spread import ALONE, Spread
 from posttrain.estimate.weights import ITEM, is_known_optimizer, quantised, static_bytes
 from posttrain.pipeline.forecast_rows import Rows, rows_of
 from posttrain.pipeline.plan import Plan
 from posttrain.pipeline.shapes import Shapes, Standing
 from posttrain.stages.context import Job
 from posttrain.stages.samples import Samples
+from posttrain.stages.spread import spread_of
 from posttrain.training.sizes import PIECE_TOKENS, ROW_OF_DENSE_MASK
 
 TRAINING = ("pretrain", "sft", "dpo")
@@ -35,7 +37,13 @@ class StageForecast:
     kind: str
     parameters: int | None = None
     trainable: int | None = None
+    spread: Spread | None = None
+    """How it lies over processes; memory and piece are those of one of them."""
     memory: Memory | None = None
+    before: int | None = None
+    """Bytes that each device must hold before DeepSpeed cuts the model: a stage tries its heaviest piece first."""
+    host: int | None = None
+    """Bytes that the processes of one machine keep in its own memory, instead of on their devices."""
     piece: Piece | None = None
     largest: int | None = None
     """Tokens of the largest piece that fits the device."""
@@ -130,10 +138,12 @@ def _training(job: Job, shapes: Shapes, device: GpuModel | None, samples: Sample
         )
     setting = _setting(job, standing, shapes, device)
     model, method = standing.architecture, setting.how.method
-    budget = device.memory if device is not None else None
+    spread = setting.how.spread
+    each = spread.processes // spread.machines if device is not None and device.kind == "cpu" else 1
+    budget = device.memory // each if device is not None else None  # processes on CPUs share their memory
     largest = _largest(setting, budget) if budget is not None else None
-    sharded = int(job.runtime.get("num_processes") or 1) > 1
-    fits = None if budget is None or sharded else largest is not None
+    before = replace(setting, how=replace(setting.how, spread=ALONE)).smallest() if spread.low else None
+    fits = None if budget is None else largest is not None and (before or 0) <= budget
     tokens = setting.longest if fits is False else _tokens(job, setting, largest)
     piece = replace(setting.piece, tokens=tokens)
     piece = replace(piece, row_tokens=min(piece.tokens, max(setting.row_tokens or piece.tokens, setting.longest)))
@@ -147,7 +157,10 @@ def _training(job: Job, shapes: Shapes, device: GpuModel | None, samples: Sample
         kind=job.kind,
         parameters=model.parameters,
         trainable=static.trainable_parameters,
+        spread=spread,
         memory=memory,
+        before=before,
+        host=host_bytes(model, setting.how, setting.optim) * spread.processes // spread.machines or None,
         piece=piece,
         largest=largest,
         fits=fits,
@@ -168,7 +181,7 @@ def _setting(job: Job, standing: Standing, shapes: Shapes, device: GpuModel | No
     kind = "cpu" if job.runtime.get("device") == "cpu" or (device is not None and device.kind == "cpu") else "cuda"
     attention = counted_as(str(job.runtime.get("attn_implementation")))
     method = shapes.method(job, standing)
-    how = Pass(job.precision, kind, attention, method)  # type: ignore[arg-type]
+    how = Pass(job.precision, kind, attention, method, spread_of(job.runtime))  # type: ignore[arg-type]
     length = int(job.config["data"]["max_length"])
     longest = 2 * length if job.kind == "dpo" else length
     row = None if attention == "fused" else ROW_OF_DENSE_MASK[kind]
@@ -186,12 +199,15 @@ def _largest(setting: Setting, budget: int) -> int | None:
 
 
 def _tokens(job: Job, setting: Setting, largest: int | None) -> int:
-    """Tokens of a piece: what the recipe says, else what fits, never less than the longest row or pair."""
+    """Tokens of a piece: what the recipe says, else what fits, never less than the longest row or pair.
+
+    A process gets its part of a step, of rows of the greatest length so many.
+    """
     asked, most = job.runtime.get("micro_batch_tokens"), job.runtime.get("micro_batch_size")
     tokens = asked if isinstance(asked, int) else min(setting.piece.tokens, largest or setting.piece.tokens)
     if isinstance(most, int):
         tokens = min(tokens, most * setting.longest)
-    batch = int(job.trainer["global_batch_size"]) * setting.longest
+    batch = math.ceil(int(job.trainer["global_batch_size"]) / setting.how.spread.processes) * setting.longest
     return max(min(tokens, batch), setting.longest)
 
 
@@ -201,20 +217,23 @@ def _cost(job: Job, setting: Setting, rows: Rows, device: GpuModel | None) -> co
     flops = costs.flops_per_token(setting.model, setting.how.method, length, recompute)
     if job.kind == "dpo":
         flops += costs.reference_flops_per_token(setting.model, length)
-    seen = _throughput(job, device)
+    devices = setting.how.spread.processes
+    seen = _throughput(job, device, devices)
     if rows.tokens is None:
         return costs.Cost(flops, None, None, "how many tokens there are is not known before the rows are read")
     passed = rows.tokens - (rows.shared or 0) if rows.source == "record" else rows.tokens  # a record knows if it shared
-    return costs.cost(flops, passed, device, seen)
+    return costs.cost(flops, passed, device, seen, devices)
 
 
-def _throughput(job: Job, device: GpuModel | None) -> float | None:
-    """Tokens per second that this stage reached on this kind of device, from the log it left."""
+def _throughput(job: Job, device: GpuModel | None, devices: int) -> float | None:
+    """Tokens per second that this stage reached on so many of this kind of device, from the log it left."""
     for name in (job.stage, f"{job.stage}.partial"):
         path = Path(job.run_dir) / name / "metrics.jsonl"
         done = Artifact.read(path.parent)
-        ran_on = done.record.provenance.get("gpu") if done is not None else None
-        if not path.is_file() or done is None or device is None or (ran_on or "this machine's CPU") != device.name:
+        if not path.is_file() or done is None or device is None:
+            continue
+        told = done.record.provenance
+        if (told.get("gpu") or "this machine's CPU") != device.name or told.get("processes", 1) != devices:
             continue
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         seconds = sum(line["seconds"] for line in lines if "seconds" in line)
@@ -263,10 +282,33 @@ def _notes(job: Job, standing: Standing, setting: Setting, device: GpuModel | No
         notes.append(f"no layer of {standing.architecture.model_type} can be quantised: use lora")
     if not is_known_optimizer(setting.optim):
         notes.append(f"the state of {setting.optim} is counted as that of Adam in 32 bits")
-    if int(job.runtime.get("num_processes") or 1) > 1:
-        notes.append("for one process that holds everything: what sharding saves is not estimated")
+    notes += _spread_notes(job, setting)
     if device is not None and not device.bf16 and job.precision == "bf16":
         notes.append(f"{device.name} has no bf16: set precision: fp16")
+    return notes
+
+
+def _spread_notes(job: Job, setting: Setting) -> list[str]:
+    """What is meant by the figures of a stage of several processes."""
+    spread = setting.how.spread
+    if spread.processes == 1:
+        return []
+    over = f" on {spread.machines} machines" if spread.machines > 1 else ""
+    notes = [
+        f"memory is that of one of {spread.processes} processes{over} ({spread.kind}); time is divided by them,"
+        " what they tell one another is not counted"
+    ]
+    if spread.low:
+        notes.append("DeepSpeed's own buffers by their default sizes; what ZeRO-3 keeps gathered is the most it may")
+        notes.append("each device holds the whole model until its heaviest piece was tried; DeepSpeed cuts it then")
+    here = spread.processes // spread.machines
+    if spread.kind == "fsdp":
+        whole = static_bytes(setting.model, setting.how.method, setting.how.precision, setting.optim)
+        loading = _gib(here * (whole.weights + whole.trainable))
+        notes.append(f"each process reads the whole model before it is cut: {loading} of a machine's own memory")
+    host = host_bytes(setting.model, setting.how, setting.optim) * here
+    if host:
+        notes.append(f"what lies in a machine's own memory in training: {_gib(host)}")
     return notes
 
 
@@ -289,9 +331,13 @@ def _no_room(stage: StageForecast, have: int) -> str:
     parts = {name: size for name, size in asdict(stage.memory).items() if name != "margin"}
     largest = max(parts, key=lambda name: parts[name])
     ways = "; ".join(f"{remedy.change} ({_gib(remedy.bytes)})" for remedy in stage.remedies)
+    would = f"it would fit with {ways or 'none of the changes known here'}"
+    if stage.before is not None and stage.before > have >= stage.memory.device:
+        needs = f"DeepSpeed cuts it after its longest row was tried whole, which needs {_gib(stage.before)} of"
+        return f"{stage.stage} will not fit: {needs} {_gib(have)}; {would}"
     return (
         f"{stage.stage} will not fit: its longest row alone needs {_gib(stage.memory.device)} of {_gib(have)}, most of"
-        f" it {largest} ({_gib(parts[largest])}); it would fit with {ways or 'none of the changes known here'}"
+        f" it {largest} ({_gib(parts[largest])}); {would}"
     )
 
 

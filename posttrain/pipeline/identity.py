@@ -14,6 +14,7 @@ from posttrain.artifact import fingerprint
 from posttrain.chat.templates import load_template, names_file
 from posttrain.errors import ChatError, UserError
 from posttrain.pipeline.inputs import Input, Inputs
+from posttrain.pipeline.runtime import resolve_runtime
 from posttrain.recipe.load import LoadedRecipe
 from posttrain.recipe.schema import AnyStage, Dpo, Merge, Pretrain, Recipe, Sft
 from posttrain.recipe.trainer_lists import identity_of, resolve_trainer
@@ -62,9 +63,6 @@ def describe(loaded: LoadedRecipe, name: str, inputs: Inputs) -> Job:
         **by_content,
     }
     identity = without_none(identity)
-    runtime = recipe.runtime.model_dump(mode="json")
-    if stage.runtime is not None:
-        runtime |= stage.runtime.model_dump(mode="json", exclude_unset=True)
     return Job(
         run_dir=str(inputs.run_dir.absolute()),
         recipe_dir=str(inputs.recipe_dir.absolute()),
@@ -74,7 +72,7 @@ def describe(loaded: LoadedRecipe, name: str, inputs: Inputs) -> Job:
         trainer=trainer,
         seed=seed,
         precision=recipe.precision,
-        runtime=runtime,
+        runtime=resolve_runtime(loaded, name),
         inputs={label: read.job for label, read in reads.items()},
         identity=identity,
         fingerprint=fingerprint(identity),

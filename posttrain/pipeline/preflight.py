@@ -76,7 +76,7 @@ class Validated:
 
 
 @dataclass
-class _Problems:
+class Problems:
     """Problems found so far; one that two stages meet counts once."""
 
     found: dict[tuple[str, str], UserError] = field(default_factory=dict)
@@ -106,7 +106,7 @@ def preflight(loaded: LoadedRecipe, planned: Plan, samples: Samples | None = Non
     Raises:
         UserError: what the stage itself would refuse, with its place; RecipeErrors when there are several.
     """
-    validated, problems = Validated(planned.cache.path.with_name("validated.json")), _Problems()
+    validated, problems = Validated(planned.cache.path.with_name("validated.json")), Problems()
     finished = {stage.stage for stage in planned.stages if stage.action == "skip"}  # what is redone moves aside
     for stage in planned.stages:
         if stage.action not in ("run", "redo"):
@@ -206,12 +206,12 @@ def _check_tokens(folder: Path, template: ChatTemplate, config: dict[str, Any], 
         raise ChatError(str(folder / "tokenizer.json"), found, "give the tokenizer that the model was trained with")
 
 
-def _check_data(job: Job, validated: Validated, problems: _Problems, samples: Samples | None) -> None:
+def _check_data(job: Job, validated: Validated, problems: Problems, samples: Samples | None) -> None:
     """Reads the local sources of a training stage; where all of them are local, judges what reading drops."""
     data, ledger, whole = job.config["data"], Ledger(), True
     seen = {"sources": job.identity["data"]["sources"], "max_dropped": data["max_dropped"]}
     with problems.noted(), validated.once("data", job.kind, seen) as unknown:
-        errors = _Problems()
+        errors = Problems()
         for source in data["sources"] if unknown else []:
             with errors.noted():
                 rows = _read(source, job.kind, job)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from posttrain import torchrun
 from posttrain.artifact import Artifact, move_aside, publish_folder, write_atomically
 from posttrain.console import Console, State
 from posttrain.errors import Interrupted, StageError, UserError
@@ -18,6 +20,7 @@ from posttrain.pipeline.plan import Plan, StagePlan, has_checkpoints, partial_of
 from posttrain.pipeline.preflight import Validated, preflight
 from posttrain.recipe.load import LoadedRecipe
 from posttrain.recipe.yaml12 import dump
+from posttrain.stages import KINDS
 from posttrain.stages.fork_server import ForkServer
 from posttrain.stages.provenance import versions
 
@@ -48,7 +51,22 @@ def run_recipe(loaded: LoadedRecipe, runs_dir: Path, request: Request, console: 
         StageError: a stage failed, or its gates did not hold.
         Interrupted: the user stopped the run; the same recipe goes on from there.
     """
-    run_dir = runs_dir / loaded.recipe.name
+    with opened(loaded, runs_dir / loaded.recipe.name, request) as (planned, validated, lock), interruptible() as asked:
+        sign(lock)
+        _Run(planned, validated, loaded, console, lock, asked).all()
+    if torchrun.launched():
+        torchrun.dismiss()
+
+
+@contextlib.contextmanager
+def opened(loaded: LoadedRecipe, run_dir: Path, request: Request) -> Iterator[tuple[Plan, Validated, int]]:
+    """Plans a recipe, checks its inputs, and holds its run folder: yields the plan, what it found whole, and the lock.
+
+    A UserError, of the block too, leaves every folder as it was if none was made in a new run folder.
+
+    Raises:
+        UserError: the folder is in use, the recipe was changed, or an input cannot be used.
+    """
     ready = None
     if not (run_dir / LOCK).exists():
         ready = _prepare(loaded, run_dir, request)  # before the folder exists: a mistake leaves nothing behind
@@ -56,10 +74,7 @@ def run_recipe(loaded: LoadedRecipe, runs_dir: Path, request: Request, console: 
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         with locked(run_dir, signed=False) as lock:
-            planned, validated = ready or _prepare(loaded, run_dir, request)
-            sign(lock)
-            with interruptible() as asked:
-                _Run(planned, validated, loaded, console, lock, asked).all()
+            yield (*(ready or _prepare(loaded, run_dir, request)), lock)
     except UserError:
         if made and not any(path.is_dir() for path in run_dir.iterdir()):
             shutil.rmtree(run_dir)
@@ -73,6 +88,9 @@ def _prepare(loaded: LoadedRecipe, run_dir: Path, request: Request) -> tuple[Pla
     """Plans a run and checks its inputs; raises what makes it impossible."""
     planned = request.plan(loaded, run_dir)
     planned.refuse()
+    for stage in planned.stages:
+        if stage.action in ("run", "redo") and KINDS[stage.job.kind].trains:
+            torchrun.refuse_other_count(stage.stage, stage.job.runtime)
     return planned, preflight(loaded, planned)
 
 
@@ -101,8 +119,7 @@ class _Run:
     def _all(self) -> None:
         run_dir = self.plan.run_dir
         self.console.begin([stage.stage for stage in self.plan.stages])
-        aside = [folder for stage in self.plan.stages for folder in stage.aside]
-        self._move_aside(reversed([*aside, *self.plan.aside]))  # readers first: a kill leaves none beside a new output
+        move_all_aside(self.plan, self.console.note)
         write_atomically(run_dir / "recipe.yaml", _copy(self.loaded))
         self.plan.pins.save()
         for stage in self.plan.stages:
@@ -111,11 +128,6 @@ class _Run:
             self._one(stage)
             self.plan.cache.save()
             self.validated.save()
-
-    def _move_aside(self, folders: Iterable[Path]) -> None:
-        for folder in folders:
-            target = move_aside(folder, self.plan.run_dir / ASIDE)
-            self.console.note(f"moved {folder.name} to {ASIDE}/{target.name}")
 
     def _one(self, stage: StagePlan) -> None:
         final = self.plan.run_dir / stage.stage
@@ -139,9 +151,7 @@ class _Run:
         )
         if stage.reason and stage.action == "skip":
             self.console.note(f"{stage.stage}: {stage.reason}")
-        if failed:
-            todo = f"its output is in {final}; change what it depends on, or its limits, then --redo {stage.stage}"
-            raise StageError(f"stage {stage.stage}", "did not hold: " + "; ".join(failed), todo)
+        refuse_failed(final, failed)
 
     def _launch(self, stage: StagePlan) -> None:
         partial = partial_of(self.plan.run_dir, stage.stage)
@@ -161,6 +171,21 @@ class _Run:
             if fresh and not has_checkpoints(partial):
                 shutil.rmtree(partial)  # the message says it all, and nothing was computed yet
             raise
+
+
+def move_all_aside(planned: Plan, note: Callable[[str], None]) -> None:
+    """Moves every output that a plan makes stale out of the way, and says so."""
+    aside = [folder for stage in planned.stages for folder in stage.aside]
+    for folder in reversed([*aside, *planned.aside]):  # readers first: a kill leaves none beside a new output
+        target = move_aside(folder, planned.run_dir / ASIDE)
+        note(f"moved {folder.name} to {ASIDE}/{target.name}")
+
+
+def refuse_failed(final: Path, failed: Sequence[str]) -> None:
+    """Raises StageError for a finished stage some of whose gates did not hold."""
+    if failed:
+        todo = f"its output is in {final}; change what it depends on, or its limits, then --redo {final.name}"
+        raise StageError(f"stage {final.name}", "did not hold: " + "; ".join(failed), todo)
 
 
 def _copy(loaded: LoadedRecipe) -> str:

@@ -41,6 +41,8 @@ def trainer_arguments(
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
         "eval_strategy": "no",
+        "average_tokens_across_devices": False,  # the loop's losses add up over processes as they are
+        "ddp_find_unused_parameters": False,  # step 1 proves that every trained parameter gets a gradient
     }
     kept.pop("num_train_epochs", None)  # `max_steps` is derived from it, exactly, by the data order
     return kept

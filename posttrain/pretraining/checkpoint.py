@@ -2,7 +2,8 @@
 
 A checkpoint holds the trainable parameters by name and in their own dtype (peft would reload adapters
 in another), optimizer, scheduler, random states and trainer state. It is written under another name,
-synced, and renamed; a folder called `checkpoint-N` is complete.
+synced, and renamed; a folder called `checkpoint-N` is complete. Weights and optimizer stand in it whole,
+however many processes they were cut over: any other number of them goes on from it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 
 from posttrain.artifact import publish_folder
 from posttrain.errors import CheckpointError
+from posttrain.merging.writer import aligned
+from posttrain.models.gather import cut_like, gather, put_apart, slot_of, write_gathered
+from posttrain.pretraining import world
 
 WEIGHTS = "trainable.safetensors"
 _PREFIX = "checkpoint-"
@@ -35,50 +39,69 @@ def last_checkpoint(folder: Path) -> Path | None:
     return folder / f"{_PREFIX}{steps[-1]}" if steps else None
 
 
-def write_checkpoint(folder: Path, step: int, keep: int | None, fill: Callable[[Path], None]) -> Path:
-    """Writes `checkpoint-STEP` atomically through `fill`, then removes the oldest beyond `keep`."""
-    final = folder / f"{_PREFIX}{step}"
-    if final.exists():
+def write_checkpoint(
+    folder: Path, step: int, keep: int | None, fill: Callable[[Path], None], first: bool = True
+) -> Path:
+    """Writes `checkpoint-STEP` atomically through `fill`, then removes the oldest beyond `keep`.
+
+    Of several processes all call it, and all fill the folder; the `first` makes and publishes it.
+    """
+    final, partial = folder / f"{_PREFIX}{step}", folder / f".{_PREFIX}{step}"
+    if world.any_of(first and final.exists()):
         return final  # the same step of the same run holds the same bytes
-    partial = folder / f".{_PREFIX}{step}"
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    if first:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    world.wait()
     fill(partial)
+    world.wait()
+    if first:
+        _publish(folder, partial, final, keep)
+    world.wait()
+    return final
+
+
+def _publish(folder: Path, partial: Path, final: Path, keep: int | None) -> None:
     publish_folder(partial, final)
     for old in checkpoint_steps(folder)[: -keep if keep else 0]:
         doomed = folder / f".{_PREFIX}{old}"
         (folder / f"{_PREFIX}{old}").rename(doomed)  # a kill while it is removed leaves nothing under its name
         shutil.rmtree(doomed)
-    return final
 
 
 def save_trainable(model: torch.nn.Module, folder: Path) -> None:
-    """Saves every parameter that takes a gradient, by name, in its own dtype."""
-    tensors = {name: param.detach().contiguous().cpu() for name, param in _trainable(model)}
-    save_file(tensors, folder / WEIGHTS)
+    """Saves every parameter that takes a gradient, by name, in its own dtype.
+
+    Every process calls it, the first writes; one tensor at a time is whole.
+    """
+    put_apart(model)
+    live = _trainable(model)
+    slots = aligned([slot_of(name, param) for name, param in live.items()])
+    write_gathered(folder / WEIGHTS, slots, (gather(live[slot.name]) for slot in slots))
 
 
 def load_trainable(model: torch.nn.Module, folder: Path) -> None:
-    """Copies saved parameters back in place, dtypes untouched.
+    """Copies saved parameters back in place, dtypes untouched; every process takes its part.
 
     Raises:
         CheckpointError: names, shapes or dtypes are not those of the model.
     """
-    saved, live = load_file(folder / WEIGHTS), dict(_trainable(model))
-    if saved.keys() != live.keys():
-        odd = sorted(saved.keys() ^ live.keys())[0]
-        raise CheckpointError(str(folder), f"its parameters are not the model's (first: {odd})", "remove it and rerun")
-    with torch.no_grad():
+    put_apart(model)
+    live = _trainable(model)
+    with safe_open(folder / WEIGHTS, framework="pt") as saved, torch.no_grad():
+        if odd := sorted(set(saved.keys()) ^ live.keys()):
+            found = f"its parameters are not the model's (first: {odd[0]})"
+            raise CheckpointError(str(folder), found, "remove it and rerun")
         for name, param in live.items():
-            tensor = saved[name]
+            tensor = saved.get_tensor(name)
             if tensor.shape != param.shape or tensor.dtype != param.dtype:
                 found = (
                     f"{name} is {list(tensor.shape)} {tensor.dtype}, the model has {list(param.shape)} {param.dtype}"
                 )
                 raise CheckpointError(str(folder), found, "remove the checkpoint and rerun")
-            param.copy_(tensor)
+            param.copy_(cut_like(tensor, param))
 
 
-def _trainable(model: torch.nn.Module):
-    return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+def _trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}

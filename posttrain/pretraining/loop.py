@@ -9,25 +9,32 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
 
 from posttrain.errors import StageError
+from posttrain.models.gather import put_apart
+from posttrain.pretraining import world
 from posttrain.pretraining.checkpoint import load_trainable, save_trainable, write_checkpoint
 from posttrain.pretraining.metrics import MetricsLog
+from posttrain.pretraining.optimizer_state import load_optimizer, save_optimizer
+from posttrain.pretraining.sharded import accept_as_cut, cpu_counts_as_gpu
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host
 else:
     _Host = object  # a mixin: the Trainer comes after it in the class that uses both
 
+SCHEDULER = "scheduler.pt"
 _NOISE = {"epoch", "num_tokens"}  # TRL counts the width of a batch as its tokens; ours stand beside
 
 
@@ -37,19 +44,24 @@ class Piece:
 
     tensors: dict[str, Any]
     share: float
-    """Part of the step's normaliser that it holds; the shares of a step add up to 1."""
+    """Part of the step's normaliser that it holds; the shares of a step, over all processes, add up to 1."""
+    idle: bool = False
+    """Counts for nothing: run because other processes have more pieces, and each forward is one of all of them."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Everything one optimizer step is made of."""
+    """Everything one optimizer step is made of; all counts are over all processes."""
 
     pieces: list[Piece]
+    """Those of this process."""
     rows: int
     tokens: int
     """Tokens that go through the model, padding left out."""
     supervised: int
     """Tokens that carry loss."""
+    forwards: int = 0
+    """Pieces that are not idle."""
 
 
 @dataclass(frozen=True)
@@ -117,15 +129,7 @@ class Spine(_Host):
         model.train()
         if not self._gradients_checked:
             self._window = _Window()
-        total = torch.zeros((), device=self.args.device)
-        for number, piece in enumerate(inputs.pieces):
-            last = number == len(inputs.pieces) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
-                    loss = self.piece_loss(model, self._prepare_inputs(dict(piece.tensors)), piece.share, inputs)
-                self.accelerator.backward(loss)
-            total += loss.detach()
-        value = total.item()
+        (value,) = world.total(self._run_pieces(model, inputs).item())
         if not math.isfinite(value):
             raise StageError(
                 f"step {self.state.global_step + 1}",
@@ -141,7 +145,59 @@ class Spine(_Host):
         window.supervised += inputs.supervised
         window.rows += inputs.rows
         window.steps += 1
-        return total
+        return torch.tensor(value, device=self.args.device)
+
+    def _run_pieces(self, model, step: Step) -> torch.Tensor:
+        """Forward and backward over this process's pieces; returns its part of the step's loss (scalar)."""
+        processes, own = self.accelerator.num_processes, torch.zeros((), device=self.args.device)
+        before = {name: len(values) for name, values in self._metrics["train"].items()}
+        for number, piece in enumerate(step.pieces):
+            last = number == len(step.pieces) - 1
+            self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed steps with the last backward
+            with self._unsynced(model, last):
+                with self.compute_loss_context_manager(), self._own_figures():
+                    loss = self.piece_loss(model, self._prepare_inputs(dict(piece.tensors)), piece.share, step)
+                if piece.idle:
+                    loss = loss * 0.0
+                # Gradients are averaged over processes; the contributions of ours add up.
+                self.accelerator.backward(loss * processes if processes > 1 else loss)
+            own += loss.detach()
+        self._join_figures(step, before)
+        return own
+
+    def _unsynced(self, model, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Leaves gradients apart until the last piece; sharded ones cannot wait: each device would hold them whole."""
+        if last or self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(model)
+
+    @contextlib.contextmanager
+    def _own_figures(self) -> Iterator[None]:
+        """Keeps TRL from gathering figures of pieces: those of the processes differ in rows, and come together once."""
+        if self.accelerator.num_processes == 1:
+            yield
+            return
+        gathering = {"gather": _as_it_is, "gather_for_metrics": _as_it_is}
+        self.accelerator.__dict__.update(gathering)  # on the instance, before the methods of its class
+        try:
+            yield
+        finally:
+            for name in gathering:
+                del self.accelerator.__dict__[name]
+
+    def _join_figures(self, step: Step, before: dict[str, int]) -> None:
+        """Makes one value of each figure that TRL noted for the pieces: their mean by share, over all processes."""
+        if len(step.pieces) == 1 and self.accelerator.num_processes == 1:
+            return
+        shares = [0.0 if piece.idle else piece.share for piece in step.pieces]
+        noted = self._metrics["train"]
+        names = sorted(noted.keys() - _NOISE)
+        own = [
+            sum(value * share for value, share in zip(noted[name][before.get(name, 0) :], shares, strict=True))
+            for name in names
+        ]
+        for name, value in zip(names, world.total(*own), strict=True):
+            noted[name][before.get(name, 0) :] = [value]
 
     def piece_loss(self, model, tensors: dict, share: float, step: Step) -> torch.Tensor:
         """The piece's contribution to the step's loss; the contributions of all pieces add up."""
@@ -172,21 +228,49 @@ class Spine(_Host):
 
     def _save_checkpoint(self, model, trial) -> None:
         """Writes an exact, atomic checkpoint instead of the Trainer's, which is written in place."""
+        first = self.is_world_process_zero()
 
         def fill(folder: Path) -> None:
-            save_trainable(self.accelerator.unwrap_model(self.model), folder)
-            self._save_optimizer_and_scheduler(str(folder))
+            if self.is_deepspeed_enabled:
+                self._save_optimizer_and_scheduler(str(folder))  # in DeepSpeed's own form, each process its part
+            else:
+                model = self.accelerator.unwrap_model(self.model)
+                save_trainable(model, folder)
+                save_optimizer(model, self.optimizer, folder)
+            if first:
+                torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
+                self.state.save_to_json(str(folder / "trainer_state.json"))
             self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
-            self.state.save_to_json(str(folder / "trainer_state.json"))
+            self._save_rng_state(str(folder))  # every process its own
 
-        write_checkpoint(self.loop.checkpoints, self.state.global_step, self.loop.keep_checkpoints, fill)
+        write_checkpoint(self.loop.checkpoints, self.state.global_step, self.loop.keep_checkpoints, fill, first)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         load_trainable(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
 
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if checkpoint is None or self.is_deepspeed_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_optimizer(self.accelerator.unwrap_model(self.model), self.optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Makes the Accelerator; on CPUs one that knows a model cut by FSDP2."""
+        with cpu_counts_as_gpu(os.environ.get("ACCELERATE_USE_FSDP") == "true"):
+            super().create_accelerator_and_postprocess()
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any):
+        if self.is_fsdp_enabled:
+            put_apart(self.model)  # the proofs' forwards left some whole: the optimizer must not be made for those
+            accept_as_cut(self.accelerator)
+        return super()._prepare_for_training(*args, **kwargs)
+
     def save_model(self, output_dir=None, _internal_call=False) -> None:
         """Nothing: the stage saves what it leaves, once, at its end."""
+
+
+def _as_it_is(tensor: Any, *_: Any, **__: Any) -> Any:
+    return tensor
 
 
 class SpineCallback(TrainerCallback):
@@ -205,7 +289,8 @@ class SpineCallback(TrainerCallback):
         # A short run has a line too; and a run resumed from a checkpoint averages over the same steps.
         if control.should_save or state.global_step in (1, state.max_steps):
             control.should_log = True
-        if self.loop.should_stop() and state.global_step < state.max_steps:
+        asked = world.any_of(self.loop.should_stop())  # of any process: all stop after the same step
+        if asked and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
         return control
 

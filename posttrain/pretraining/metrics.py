@@ -16,11 +16,14 @@ class MetricsLog:
 
     Args:
         path: the file; created on the first line.
-        resume_step: lines of later steps are removed, because those steps run again.
+        resume_step: lines of later steps are removed, because those steps run again. None: the file is left as it
+            is, by a process that never writes.
     """
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(self, path: Path, resume_step: int | None) -> None:
         self.path = path
+        if resume_step is None:
+            return
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
         if path.exists():
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -10,6 +10,7 @@ from posttrain.recipe.describe import nearest
 from posttrain.recipe.merge_checks import check_merge
 from posttrain.recipe.problems import Problem
 from posttrain.recipe.schema import Dpo, Evaluate, Gate, Merge, Pretrain, Publish, Sft, Snapshots, Stage, Suite
+from posttrain.recipe.slurm_options import check_slurm
 from posttrain.recipe.yaml12 import KeyPath
 
 _PAIRS = ("auto", "preference", "transcript_pair")
@@ -136,18 +137,25 @@ def check_runtime(tree: Mapping[str, Any], stages: Mapping[str, Stage]) -> Itera
         tree: the recipe as given, to say which key stands where.
         stages: the stages that are valid by themselves.
     """
-    base = tree.get("runtime")
-    base = base if isinstance(base, dict) else {}
+    base = _block(tree, "runtime")
     yield from _check_cuts(("runtime",), base, base)
+    yield from check_slurm(("runtime", "slurm"), _block(base, "slurm"))
     on_cpu: list[KeyPath] = []
     for name, stage in stages.items():
         own = tree["stages"][name].get("runtime") or {}
         yield from _check_cuts(("stages", name, "runtime"), own, {**base, **own})
+        yield from check_slurm(("stages", name, "runtime", "slurm"), _block(own, "slurm"))
         if isinstance(stage, (Pretrain, Sft, Dpo)) and {**base, **own}.get("device") == "cpu":
             on_cpu.append(("stages", name, "runtime", "device") if "device" in own else ("runtime", "device"))
     if tree.get("precision") == "fp16":
         for path in dict.fromkeys(on_cpu):
             yield Problem(path, "a CPU does not train in fp16", "set precision: bf16 or fp32")
+
+
+def _block(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The mapping under a key, or an empty one: what else stands there is the schema's problem."""
+    found = tree.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def _check_cuts(path: KeyPath, own: Mapping[str, Any], merged: Mapping[str, Any]) -> Iterator[Problem]:

@@ -89,7 +89,10 @@ class LoadedRecipe:
 
 
 def load_recipe(
-    name_or_path: str | Path, overrides: list[str] | None = None, env: Mapping[str, str] | None = None
+    name_or_path: str | Path,
+    overrides: list[str] | None = None,
+    env: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> LoadedRecipe:
     """Reads and checks a recipe.
 
@@ -97,6 +100,7 @@ def load_recipe(
         name_or_path: a file, or the bare name of a bundled recipe.
         overrides: `KEY=VALUE` texts of `--set`, applied in order.
         env: variables for `${NAME}`; the process's own when absent.
+        folder: where relative paths start, for a copy of a recipe; the file's own folder when absent.
 
     Raises:
         RecipeErrors: every problem that the recipe alone shows, in the order of lines, `--set` last.
@@ -121,7 +125,7 @@ def load_recipe(
     located += [(1 << 60, error) for error in overridden.problems]
     if located or recipe is None:
         raise RecipeErrors([error for _, error in sorted(located, key=lambda pair: pair[0])])
-    return LoadedRecipe(recipe, path, path.parent, text, places, tree.secrets)
+    return LoadedRecipe(recipe, path, folder.resolve() if folder else path.parent, text, places, tree.secrets)
 
 
 def find_recipe(name_or_path: str | Path) -> Path:

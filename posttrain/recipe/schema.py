@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_serializer, model_validator
 from pydantic.functional_serializers import SerializerFunctionWrapHandler
 
-from posttrain.recipe.schema_parts import Certificate, Json, Model, ModelInit, Snapshots, TokenizerTraining
+from posttrain.recipe.schema_parts import Certificate, Json, Model, ModelInit, Select, Snapshots, TokenizerTraining
 
 _NumberOrAuto = Annotated[
     Annotated[int, Field(ge=1)] | None,
@@ -50,19 +50,8 @@ class Runtime(Model):
     """Processes that tokenise rows. Default: one for each CPU there is, and none beside the stage's for few rows."""
     report_to: list[str] = []
     """Experiment trackers that transformers knows: tensorboard, wandb, mlflow, trackio…"""
-
-
-class Select(Model):
-    """A seeded split of a source, so that training and evaluation can name its two sides."""
-
-    rows: int = Field(ge=1)
-    """Rows of the train side."""
-    side: Literal["train", "heldout"]
-    """Which side this source yields; `heldout` is all the rest."""
-    by: Literal["row", "prompt"] = "prompt"
-    """`prompt` keeps rows that share their prompt on one side."""
-    seed: int = 0
-    """Seed of the split."""
+    slurm: dict[str, str | int | bool] = {}
+    """`--executor slurm`: long options of `sbatch` for the stage's job, e.g. `{partition: gpu, time: "24:00:00"}`."""
 
 
 class Source(Model):

@@ -48,6 +48,19 @@ class TokenizerTraining(Model):
     """Control tokens kept for chat; no text ever yields them."""
 
 
+class Select(Model):
+    """A seeded split of a source, so that training and evaluation can name its two sides."""
+
+    rows: int = Field(ge=1)
+    """Rows of the train side."""
+    side: Literal["train", "heldout"]
+    """Which side this source yields; `heldout` is all the rest."""
+    by: Literal["row", "prompt"] = "prompt"
+    """`prompt` keeps rows that share their prompt on one side."""
+    seed: int = 0
+    """Seed of the split."""
+
+
 class Snapshots(Model):
     """Model-only checkpoints that are kept for good (a resume checkpoint is something else)."""
 

@@ -11,6 +11,7 @@ it exists for the tests of atomicity alone.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import importlib
 import json
 import os
@@ -26,12 +27,16 @@ from pydantic import TypeAdapter
 
 from posttrain.artifact import Artifact, Record, describe_files, publish_folder, write_record
 from posttrain.errors import Interrupted, PosttrainError, StageError
+from posttrain.pretraining.ranks import own_rank
 from posttrain.recipe.schema import AnyStage, Runtime
 from posttrain.stages import KINDS
 from posttrain.stages.context import Clock, Context, Events, Job, ModelInput, Summary
 from posttrain.stages.fork_server import FLAG, serve
 from posttrain.stages.provenance import provenance
 
+LAUNCHER = "POSTTRAIN_LAUNCHER"
+"""Set for the workers of our own launcher."""
+_PR_SET_PDEATHSIG = 1
 STOP_SECONDS = 60.0
 """How long a stage that was asked to stop may take to save its checkpoint."""
 
@@ -95,9 +100,21 @@ def run_stage(job: Path) -> int:
     """Runs the stage of one job file with the descriptors and signals of its process; returns the exit code."""
     stop = Stop()
     stop.listen(inherited("POSTTRAIN_LIFELINE_FD", os.O_RDONLY))
-    first = os.environ.get("RANK", "0") == "0"
-    events = Events(inherited("POSTTRAIN_EVENTS_FD", os.O_WRONLY) if first else None)
-    return run_job(job, events, stop)
+    _die_with_the_launcher()
+    return run_job(job, Events(_listener(), errors_only=not own_rank().first), stop)
+
+
+def _listener() -> int | None:
+    """Where events go: the descriptor that the parent passed on, or a file where it could not, on another machine."""
+    if "POSTTRAIN_EVENTS_FILE" in os.environ:
+        return os.open(os.environ["POSTTRAIN_EVENTS_FILE"], os.O_WRONLY | os.O_APPEND)
+    return inherited("POSTTRAIN_EVENTS_FD", os.O_WRONLY)
+
+
+def _die_with_the_launcher() -> None:
+    """Has Linux kill a worker when its launcher is killed: the launcher holds the lock of the run folder."""
+    if LAUNCHER in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _leave_forked(code: int) -> NoReturn:
@@ -111,12 +128,12 @@ def _leave_forked(code: int) -> NoReturn:
 def inherited(variable: str, mode: int) -> int | None:
     """Returns the descriptor that a variable names, or None where it is not set.
 
-    torchrun inherits it and closes it for its workers, so they open it again through torchrun.
+    Our launcher inherits it and torch closes it for the workers, so they open it again through the launcher.
     """
     value = os.environ.get(variable)
     if value is None:
         return None
-    if "LOCAL_RANK" not in os.environ:
+    if LAUNCHER not in os.environ:
         return int(value)
     try:
         return os.open(f"/proc/{os.getppid()}/fd/{value}", mode)
@@ -131,16 +148,22 @@ def run_job(path: Path, events: Events, stop: Stop) -> int:
         complete(read_job(path), path.parent, events, stop, started)
     except PosttrainError as error:
         print(f"error: {error}", file=sys.stderr)
-        events("error", where=error.where, found=error.found, todo=error.todo, exit_code=error.exit_code)
+        where = _with_rank(error.where) if error.exit_code == StageError.exit_code else error.where
+        events("error", where=where, found=error.found, todo=error.todo, exit_code=error.exit_code)
         return error.exit_code
     except Exception as error:
         traceback.print_exc()
         text = (str(error).strip().splitlines() or [""])[0]
         found = f"unexpected {type(error).__name__}: {text}"
-        where = f"stage {path.parent.name.removesuffix('.partial')}"
+        where = _with_rank(f"stage {path.parent.name.removesuffix('.partial')}")
         events("error", where=where, found=found, todo="see the log for the traceback", exit_code=1)
         return 1
     return 0
+
+
+def _with_rank(where: str) -> str:
+    rank = own_rank()
+    return where if rank.world == 1 else f"{where}, rank {rank.index}"
 
 
 def read_job(path: Path) -> Job:
@@ -178,14 +201,15 @@ def context_of(job: Job, folder: Path, events: Events, stop: Stop, clock: Clock 
 def complete(job: Job, folder: Path, events: Events, stop: Stop, started: float) -> None:
     """Runs the stage in its partial folder, writes the record and gives the folder its final name."""
     clock = Clock()
-    for leftover in folder.glob(".*.tmp"):
+    first = own_rank().first
+    for leftover in folder.glob(".*.tmp") if first else ():
         leftover.unlink()  # of a process that was killed while it wrote
     kind = KINDS[job.kind]
     config = TypeAdapter(AnyStage).validate_json(json.dumps(job.config))
     events("phase", text="starting")
     module = importlib.import_module(kind.module)
     summary: Summary = module.run(config, context_of(job, folder, events, stop, clock))
-    if os.environ.get("RANK", "0") != "0":
+    if not first:
         return
     events("phase", text="recording")
     clock.enter("recording")
@@ -209,6 +233,8 @@ def complete(job: Job, folder: Path, events: Events, stop: Stop, started: float)
         ledger=summary.ledger,
         provenance={"parts": clock.parts(), **provenance(started, time.time())},
     )
+    if "POSTTRAIN_EVENTS_FILE" in os.environ:
+        Path(os.environ["POSTTRAIN_EVENTS_FILE"]).unlink()  # who listens has it open
     _kill_at(job.stage, "before_record")
     write_record(folder, record)
     _kill_at(job.stage, "after_record")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posttrain.artifact import Artifact
+from posttrain.pretraining.ranks import Rank, own_rank
 from posttrain.recipe.schema import Runtime
 
 Part = Literal[
@@ -85,15 +86,19 @@ class Events:
     """One-way lines of JSON from a stage to whoever started it; silent when nobody listens.
 
     Events: `phase` (text), `step` (step, total, loss, tokens_per_second, learning_rate, …),
-    `note` (text), `done` (headline), `error` (where, found, todo, exit_code).
+    `note` (text), `done` (headline), `error` (where, found, todo, exit_code); of the launcher of several
+    processes: `killed` (rank, signal).
+
+    Args:
+        errors_only: leave the rest to the first process.
     """
 
-    def __init__(self, descriptor: int | None) -> None:
-        self._descriptor = descriptor
+    def __init__(self, descriptor: int | None, errors_only: bool = False) -> None:
+        self._descriptor, self._errors_only = descriptor, errors_only
 
     def __call__(self, event: str, **fields: Any) -> None:
         """Sends one event; a listener that is gone is noticed through the lifeline, not here."""
-        if self._descriptor is None:
+        if self._descriptor is None or (self._errors_only and event != "error"):
             return
         line = json.dumps({"event": event, **fields}, ensure_ascii=False, default=float) + "\n"
         try:
@@ -145,6 +150,8 @@ class Context:
     should_stop: Callable[[], bool]
     """True once the stage was asked to checkpoint and exit (signal, or its parent died)."""
     clock: Clock = field(default_factory=Clock)
+    rank: Rank = field(default_factory=own_rank)
+    """Which of the stage's processes this is; the first one alone writes files."""
 
 
 @dataclass(frozen=True)

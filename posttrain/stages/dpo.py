@@ -14,6 +14,7 @@ from posttrain.models.lineage import Lineage, lineage_of
 from posttrain.models.load import DTYPE_NAMES
 from posttrain.pretraining.loop import Step
 from posttrain.pretraining.rows import IGNORE
+from posttrain.pretraining.world import in_turn, wait
 from posttrain.recipe.schema import Dpo
 from posttrain.stages.context import Context, Summary
 from posttrain.stages.conversation import Chat, open_chat, settle
@@ -38,12 +39,14 @@ def run(config: Dpo, context: Context) -> Summary:
     context.clock.enter("data")
     machine = set_up(context)
     given = context.inputs["model"]
-    parents = lineage_of(model_folder(given), given.ref)
-    method = resolve_method(config.method, parents, context.stage)
-    chat = open_chat(parents, config.chat_template, context)
-    prepared = prepare(config.data, context, conversion(chat, config.data))
+    with in_turn("data", context.rank):
+        parents = lineage_of(model_folder(given), given.ref)
+        method = resolve_method(config.method, parents, context.stage)
+        chat = open_chat(parents, config.chat_template, context)
+        prepared = prepare(config.data, context, conversion(chat, config.data))
     schedule = schedule_rows(prepared, context.trainer, context.seed)
-    write_ledger(context.folder, prepared.ledger)
+    if context.rank.first:
+        write_ledger(context.folder, prepared.ledger)
     context.events("phase", text="loading the model")
     context.clock.enter("loading")
     policy = load_trainable(parents, method, machine, context, [], chat.tokenizer.get_vocab())
@@ -61,18 +64,21 @@ def run(config: Dpo, context: Context) -> Summary:
     proof = _prove_step_zero(trainer, schedule, prepared, references, make_step, chat.tokenizer.pad_token_id, context)
     result = run_loop(
         trainer,
+        machine,
         context,
         prepared,
         schedule,
         make_step,
         config.snapshots,
-        lambda folder: save_policy(policy, chat, machine, folder),
+        lambda folder: save_policy(policy, chat, machine, folder, context.rank),
     )
     context.events("phase", text="saving")
     context.clock.enter("saving")
-    save_policy(policy, chat, machine, context.folder)
-    prove_saved(policy, chat, context.folder, last_trained_ids(prepared))
-    write_probes(context.folder, prepared, _chosen)
+    digests = save_policy(policy, chat, machine, context.folder, context.rank)
+    if context.rank.first:
+        prove_saved(policy, chat, context.folder, last_trained_ids(prepared), digests)
+        write_probes(context.folder, prepared, _chosen)
+    wait()
     figures = {"step_zero": proof, "chat": chat.as_dict(), "pairs": sharing.as_dict()}
     return Summary(
         headline=f"{policy.kind}: {result.steps} steps, loss {result.first_loss:.3f} -> {result.last_loss:.3f}",
@@ -113,7 +119,7 @@ def _references(
     }
     cache = context.run_dir / ".cache" / "reference" / f"{reference_key(described, pairs)}.npy"
     table = reference_logps(
-        trainer, pairs, chat.tokenizer.pad_token_id, limits, cache, context.events, context.should_stop
+        trainer, pairs, chat.tokenizer.pad_token_id, limits, cache, context.events, context.should_stop, context.rank
     )
     if table.isnan().any():
         raise Interrupted("reference log-probs", "stopped as asked; what is done is kept", "rerun the same command")

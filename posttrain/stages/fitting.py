@@ -13,10 +13,11 @@ from posttrain.models.attention import Attention, choose_attention
 from posttrain.models.lineage import Quantization
 from posttrain.pretraining.loop import Step
 from posttrain.pretraining.rows import Row
+from posttrain.pretraining.world import least
 from posttrain.stages.context import Context
 from posttrain.stages.prediction import device_room, predict_stage
 from posttrain.stages.run_loop import stage_arguments
-from posttrain.stages.setup import Machine
+from posttrain.stages.setup import Machine, assert_spread
 from posttrain.stages.trainable import Policy
 from posttrain.training.dpo import build_dpo_trainer, dpo_step
 from posttrain.training.limits import Limits, piece_limits
@@ -73,6 +74,7 @@ def fit_sft(
     attention = settle_attention(model, machine, context, len(tokenizer))
     context.clock.enter("loading")
     trainer = build_sft_trainer(model, tokenizer, stage_arguments(context, machine, steps))
+    assert_spread(trainer, context)
     pad = tokenizer.pad_token_id or 0
     fitted = settle_limits(
         trainer,
@@ -82,9 +84,9 @@ def fit_sft(
         context,
         largest,
         len,
-        lambda rows, limits: sft_pieces(rows, pad, limits),
+        lambda rows, limits: sft_pieces(rows, pad, limits, context.rank),
     )
-    return fitted, lambda step: sft_pieces(rows_of(step), pad, fitted.trial.limits)
+    return fitted, lambda step: sft_pieces(rows_of(step), pad, fitted.trial.limits, context.rank)
 
 
 def fit_dpo(
@@ -99,6 +101,7 @@ def fit_dpo(
     context.clock.enter("loading")
     row_tokens = piece_limits(machine.device, None, None, attention.backend).packed_row
     trainer = build_dpo_trainer(policy.model, tokenizer, stage_arguments(context, machine, steps), row_tokens)
+    assert_spread(trainer, context)
     context.clock.enter("proofs")
     sharing = choose_sharing(trainer, wanted, lengths, vocabulary)
     if first is not None and sharing.mask is None:  # taken for its masks alone
@@ -107,7 +110,7 @@ def fit_dpo(
     losses, pad, share = list(trainer.loss_types), tokenizer.pad_token_id, trainer.shares
 
     def cut(pairs: list[Pair], known: torch.Tensor, limits: Limits) -> Step:
-        return dpo_step(pairs, known, pad, limits.tokens, limits.documents, losses, share)
+        return dpo_step(pairs, known, pad, limits.tokens, limits.documents, losses, share, context.rank)
 
     fitted = settle_limits(
         trainer,
@@ -169,7 +172,7 @@ def settle_limits(
         runtime.micro_batch_tokens,
         runtime.micro_batch_size,
         attention.backend,
-        lambda row_tokens: prediction.largest(device_room(), longest, row_tokens) or longest,
+        lambda row_tokens: least(prediction.largest(device_room(), longest, row_tokens) or longest),
     )
     trial = Trial(limits)
     if machine.device == "cuda":

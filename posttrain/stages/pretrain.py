@@ -22,7 +22,9 @@ from posttrain.models.save import save_full, verify_saved_model
 from posttrain.models.tokenizer_swap import Swap, plan_swap, swap_tokenizer, vocabulary_of
 from posttrain.pretraining.init import init_model
 from posttrain.pretraining.rows import Row
+from posttrain.pretraining.sharded import shard
 from posttrain.pretraining.tokenizer import train_tokenizer
+from posttrain.pretraining.world import in_turn, wait
 from posttrain.recipe.schema import Pretrain, TokenizerTraining
 from posttrain.stages.context import Context, Summary
 from posttrain.stages.fitting import fit_sft
@@ -40,17 +42,21 @@ def run(config: Pretrain, context: Context) -> Summary:
     """Trains on documents packed into rows of `max_length` tokens, isolated from one another."""
     context.clock.enter("data")
     machine = set_up(context)
-    tokenizer = _tokenizer(config, context)
     wrapped = config.data.packing in (None, "wrap")
-    prepared = prepare(config.data, context, conversion(tokenizer, config.data))
+    with in_turn("data", context.rank):
+        tokenizer = _tokenizer(config, context)
+        prepared = prepare(config.data, context, conversion(tokenizer, config.data))
     if wrapped:
         schedule = schedule_wrapped(prepared, context.trainer, context.seed, config.data.max_length)
     else:
         schedule = schedule_rows(prepared, context.trainer, context.seed)
-    write_ledger(context.folder, prepared.ledger)
+    if context.rank.first:
+        write_ledger(context.folder, prepared.ledger)
     context.clock.enter("loading")
     model, swap = _model(config, context, machine, tokenizer)
     _check_lengths(model, config.data.max_length, context.stage)
+    if machine.spread == "fsdp":
+        shard(model, machine.device)
     trained, total = assert_trainable(model, context.stage)
     fitted, make_step = fit_sft(
         model,
@@ -63,12 +69,15 @@ def run(config: Pretrain, context: Context) -> Summary:
         (lambda _: schedule.rows_of(0)) if wrapped else prepared.longest,
     )
 
-    def save(folder: Path) -> None:
-        save_full(model, folder, machine.dtype)
-        tokenizer.save_pretrained(folder)
+    def save(folder: Path) -> dict[str, int]:
+        digests = save_full(model, folder, machine.dtype)
+        if context.rank.first:
+            tokenizer.save_pretrained(folder)
+        return digests
 
     result = run_loop(
         fitted.trainer,
+        machine,
         context,
         prepared,
         schedule,
@@ -78,8 +87,10 @@ def run(config: Pretrain, context: Context) -> Summary:
     )
     context.events("phase", text="saving")
     context.clock.enter("saving")
-    save(context.folder)
-    verify_saved_model(model, context.folder)
+    digests = save(context.folder)
+    if context.rank.first:
+        verify_saved_model(model, context.folder, digests)
+    wait()
     figures = _rows_without_training(prepared, tokenizer, model, swap) if config.model is None or swap else {}
     return Summary(
         headline=f"{total / 1e6:.2f} M parameters, {result.steps} steps, loss {result.last_loss:.3f}",
@@ -122,7 +133,7 @@ def _model(config: Pretrain, context: Context, machine: Machine, tokenizer: Any)
     if config.init is not None:
         model = init_model(config.init.model_dump(exclude_none=True), tokenizer, context.seed)
         model.set_attn_implementation(machine.attn_implementation)
-        return model.to(machine.device), None
+        return model.to(machine.loading), None
     lineage = lineage_of(model_folder(context.inputs["model"]), context.inputs["model"].ref)
     if lineage.adapters:
         raise RecipeError(f"stages.{context.stage}.model", "is an adapter", "merge it first")
@@ -131,7 +142,7 @@ def _model(config: Pretrain, context: Context, machine: Machine, tokenizer: Any)
         found = f"its weights are quantised ({quantised.get('quant_method')}), and every weight is trained"
         raise CheckpointError(str(folder / "config.json"), found, "give the checkpoint before it was quantised")
     set_seed(context.seed)
-    model = load_base(folder, torch.float32, machine.device, machine.attn_implementation)
+    model = load_base(folder, torch.float32, machine.loading, machine.attn_implementation)
     if config.tokenizer is None:
         return model, None
     old, new = vocabulary_of(load_tokenizer(folder)), vocabulary_of(tokenizer)

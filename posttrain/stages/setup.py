@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 
-from posttrain.errors import StageError, UserError
+from posttrain.errors import StageError
 from posttrain.models.attention import missing
 from posttrain.models.load import DTYPES
+from posttrain.recipe.accelerate import Spread, read_spread
 from posttrain.recipe.schema import Runtime
 from posttrain.stages.context import Context
 
@@ -24,6 +28,13 @@ class Machine:
     """What models are loaded with; a training stage asked for `auto` then takes the fastest that does."""
     dtype: torch.dtype
     """Of frozen weights and of autocast."""
+    spread: Spread = "ddp"
+    """How a model is spread over the stage's processes."""
+
+    @property
+    def loading(self) -> str:
+        """Device that a model is loaded on: one that is cut over processes never stands whole on a GPU."""
+        return "cpu" if self.spread == "fsdp" else self.device
 
 
 def set_up(context: Context) -> Machine:
@@ -36,7 +47,9 @@ def set_up(context: Context) -> Machine:
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
     device = _device(runtime, context.stage)
-    _check_processes(runtime, context.stage)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    _check_processes(context)
     if context.precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name()
         raise StageError(context.stage, f"{name} has no bf16", "set `precision: fp16` (or fp32)")
@@ -45,7 +58,7 @@ def set_up(context: Context) -> Machine:
     if reason := missing(attention, device, dtype):
         found = f"{attention} {reason}"
         raise StageError(f"stages.{context.stage}, runtime.attn_implementation", found, "set it to auto, sdpa or eager")
-    return Machine(device, attention, dtype)
+    return Machine(device, attention, dtype, _spread(runtime))
 
 
 def _device(runtime: Runtime, stage: str) -> str:
@@ -54,17 +67,30 @@ def _device(runtime: Runtime, stage: str) -> str:
     return "cuda" if runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def _check_processes(runtime: Runtime, stage: str) -> None:
-    wanted, got = runtime.num_processes * runtime.num_machines, int(os.environ.get("WORLD_SIZE", "1"))
+def _check_processes(context: Context) -> None:
+    wanted, got = context.runtime.num_processes, context.rank.world
     if wanted != got:
-        raise StageError(stage, f"{got} processes started, the recipe asks for {wanted}", "check how it is launched")
-    if wanted > 1 or runtime.accelerate_config:
-        # Splitting a step over ranks is not built: each would train on all of it, and all would write one folder.
-        raise UserError(
-            f"{stage}: runtime",
-            f"asks for {wanted} processes (accelerate_config: {runtime.accelerate_config})",
-            "this version trains on one device: set num_processes to 1 and leave accelerate_config out",
-        )
+        todo = "check how it is launched; runtime.num_processes counts the processes of all machines"
+        raise StageError(context.stage, f"{got} processes started, the recipe asks for {wanted}", todo)
+
+
+def _spread(runtime: Runtime) -> Spread:
+    return read_spread(Path(runtime.accelerate_config)) if runtime.accelerate_config else "ddp"
+
+
+def assert_spread(trainer: Any, context: Context) -> None:
+    """Checks that the model is spread over the processes as the recipe's Accelerate config says.
+
+    Raises:
+        StageError: naming what was asked for and what Accelerate made of it.
+    """
+    wanted, got = _spread(context.runtime), trainer.accelerator.distributed_type
+    found = {DistributedType.FSDP: "fsdp", DistributedType.DEEPSPEED: "deepspeed"}.get(got, "ddp")
+    processes = trainer.accelerator.num_processes
+    if found != wanted or processes != context.rank.world:
+        asks = f"asks for {wanted} over {context.rank.world} processes; Accelerate made {got.value} over {processes}"
+        todo = "under your own accelerate launch, name the same config in the recipe"
+        raise StageError(f"stages.{context.stage}.runtime.accelerate_config", asks, todo)
 
 
 def assert_trainable(model: torch.nn.Module, stage: str) -> tuple[int, int]:

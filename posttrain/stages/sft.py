@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from posttrain.chat.contract import probe_ids, verify_saved
 from posttrain.errors import ChatError
 from posttrain.models.lineage import lineage_of
 from posttrain.models.save import save_adapter, save_full, verify_saved_adapter, verify_saved_model
+from posttrain.pretraining.ranks import ALONE, Rank
 from posttrain.pretraining.rows import Row
+from posttrain.pretraining.world import in_turn, wait
 from posttrain.recipe.schema import Sft
 from posttrain.stages.chat_rows import conversion
 from posttrain.stages.context import Context, Summary
@@ -34,17 +37,19 @@ def run(config: Sft, context: Context) -> Summary:
     context.clock.enter("data")
     machine = set_up(context)
     given = context.inputs["model"]
-    parents = lineage_of(model_folder(given), given.ref)
-    method = resolve_method(config.method, parents, context.stage)
-    chat = open_chat(parents, config.chat_template, context)
     limit, wrapped = config.data.max_length, config.data.packing == "wrap"
-    prepared = prepare(config.data, context, conversion(chat, config.data))
+    with in_turn("data", context.rank):
+        parents = lineage_of(model_folder(given), given.ref)
+        method = resolve_method(config.method, parents, context.stage)
+        chat = open_chat(parents, config.chat_template, context)
+        prepared = prepare(config.data, context, conversion(chat, config.data))
     share = _check_stops(prepared, chat, limit, context.stage)
     if wrapped:
         schedule = schedule_wrapped(prepared, context.trainer, context.seed, limit)
     else:
         schedule = schedule_rows(prepared, context.trainer, context.seed)
-    write_ledger(context.folder, prepared.ledger)
+    if context.rank.first:
+        write_ledger(context.folder, prepared.ledger)
     context.events("phase", text="loading the model")
     context.clock.enter("loading")
     policy = load_trainable(parents, method, machine, context, chat.control_ids, chat.tokenizer.get_vocab())
@@ -62,18 +67,21 @@ def run(config: Sft, context: Context) -> Summary:
     )
     result = run_loop(
         fitted.trainer,
+        machine,
         context,
         prepared,
         schedule,
         make_step,
         config.snapshots,
-        lambda folder: save_policy(policy, chat, machine, folder),
+        lambda folder: save_policy(policy, chat, machine, folder, context.rank),
     )
     context.events("phase", text="saving")
     context.clock.enter("saving")
-    save_policy(policy, chat, machine, context.folder)
-    prove_saved(policy, chat, context.folder, last_trained_ids(prepared))
-    write_probes(context.folder, prepared, lambda row: (row.ids, row.labels))
+    digests = save_policy(policy, chat, machine, context.folder, context.rank)
+    if context.rank.first:
+        prove_saved(policy, chat, context.folder, last_trained_ids(prepared), digests)
+        write_probes(context.folder, prepared, lambda row: (row.ids, row.labels))
+    wait()
     figures = {"rows_that_stop": share, "token_rows": policy.token_rows, "chat": chat.as_dict()}
     return Summary(
         headline=f"{policy.kind}: {result.steps} steps, loss {result.first_loss:.3f} -> {result.last_loss:.3f}",
@@ -107,23 +115,32 @@ def _check_stops(prepared: Prepared[Row], chat: Chat, limit: int, stage: str) ->
     return round(share, 6)
 
 
-def save_policy(policy: Policy, chat: Chat, machine: Machine, folder: Path) -> None:
-    """Saves what was trained (whole model or adapter) with its tokenizer, template and generation config."""
+def save_policy(policy: Policy, chat: Chat, machine: Machine, folder: Path, rank: Rank = ALONE) -> dict[str, int]:
+    """Saves what was trained (whole model or adapter) with its tokenizer, template and generation config.
+
+    Every process calls it; the first one writes.
+
+    Returns:
+        Digests of the tensors that were written, for `prove_saved`; empty on the other processes.
+    """
     if policy.is_adapter:
-        save_adapter(policy.model, folder)  # type: ignore[arg-type]
+        digests = save_adapter(policy.model, folder)  # type: ignore[arg-type]
     else:
-        save_full(policy.model, folder, machine.dtype)  # type: ignore[arg-type]
-    save_chat(chat, policy.model, folder)
+        digests = save_full(policy.model, folder, machine.dtype)  # type: ignore[arg-type]
+    if rank.first:
+        save_chat(chat, policy.model, folder)
+    return digests
 
 
-def prove_saved(policy: Policy, chat: Chat, folder: Path, last_ids: set[int]) -> None:
+def prove_saved(policy: Policy, chat: Chat, folder: Path, last_ids: set[int], digests: Mapping[str, int]) -> None:
     """Reads the saved folder back: weights whole and finite, chat contract kept, end of turn among what was trained.
 
     Args:
         last_ids: last trained ids of all rows.
+        digests: as `save_policy` returned them.
     """
     if policy.is_adapter:
-        verify_saved_adapter(folder)
+        verify_saved_adapter(folder, digests)
     else:
-        verify_saved_model(policy.model, folder)  # type: ignore[arg-type]
+        verify_saved_model(policy.model, folder, digests)  # type: ignore[arg-type]
     verify_saved(folder, chat.template.digest, last_ids, probe_ids(chat.tokenizer, chat.template))

@@ -25,6 +25,7 @@ from posttrain.models.load import (
     untrained_rows,
 )
 from posttrain.models.new_tokens import read_new_tokens
+from posttrain.pretraining.sharded import shard
 from posttrain.recipe.schema import LoraSettings, Method, QloraSettings
 from posttrain.stages.context import Context
 from posttrain.stages.setup import Machine
@@ -76,7 +77,21 @@ def load_trainable(
         RecipeError: another quantisation than the parent's, or named tokens that cannot be trained.
     """
     set_seed(context.seed)
-    dtype, device, attention = machine.dtype, machine.device, machine.attn_implementation
+    policy = _load(parents, method, machine, context, control_ids, vocabulary)
+    if machine.spread == "fsdp":
+        shard(policy.model, machine.device)
+    return policy
+
+
+def _load(
+    parents: Lineage,
+    method: Method,
+    machine: Machine,
+    context: Context,
+    control_ids: list[int],
+    vocabulary: Mapping[str, int],
+) -> Policy:
+    dtype, device, attention = machine.dtype, machine.loading, machine.attn_implementation
     if method.kind == "full":
         model: Any = load_base(parents.base.folder, torch.float32, device, attention)
         return Policy(model.requires_grad_(True), "full", parents, None, [])

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
 from posttrain.errors import StageError
+from posttrain.pretraining import world
 from posttrain.pretraining.loop import Piece, Spine, Step
+from posttrain.pretraining.ranks import ALONE, Rank, divide
 from posttrain.training.head import use_plain_head
 from posttrain.training.packed_view import MaskMaker, PackedView
 from posttrain.training.pairs import Pair, cut_pairs, pad_pairs
@@ -88,12 +90,12 @@ class SpineDpoTrainer(Spine, DPOTrainer):
         self.model.train()
         loss = 0.0
         for piece in step.pieces:
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), self._own_figures():
                 inputs = self._prepare_inputs(dict(piece.tensors))
                 loss += self.piece_loss(self.model, inputs, piece.share, step).item()
         self._metrics["train"].clear()
         self._total_train_tokens = 0
-        return loss
+        return world.total(loss)[0]
 
 
 def build_dpo_trainer(
@@ -143,22 +145,34 @@ def dpo_step(
     most_pairs: int | None,
     loss_types: list[str],
     share: bool = False,
+    rank: Rank = ALONE,
 ) -> Step:
-    """Cuts the pairs of one optimizer step into pieces.
+    """Cuts one process's part of an optimizer step into pieces.
 
     Args:
+        pairs: of the whole step.
         references: [N, 2] fp32 log-probs of chosen and rejected under the reference.
         tokens: most tokens of a piece; a pair counts both its sequences, what they share once with `share`.
         most_pairs: most pairs of a piece.
-        loss_types: the losses; a coupled one keeps the step in one piece.
+        loss_types: the losses; a coupled one keeps the step in one piece, which the first process runs.
     """
     costs = [pair.cost(share) for pair in pairs]
-    whole = COUPLED & set(loss_types)
-    chosen = [list(range(len(pairs)))] if whole else cut_pairs(costs, tokens, most_pairs)
-    made = []
-    for indices in chosen:
-        batch = pad_pairs([pairs[index] for index in indices], pad_id)
-        batch["ref_chosen_logps"], batch["ref_rejected_logps"] = references[indices].unbind(dim=1)
-        made.append(Piece(batch, len(indices) / len(pairs)))
+    if COUPLED & set(loss_types):
+        cuts = [[list(range(len(pairs)))], *([] for _ in range(1, rank.world))]
+    else:
+        parts = divide(costs, rank.world)
+        cuts = [
+            [[mine[index] for index in piece] for piece in cut_pairs([costs[i] for i in mine], tokens, most_pairs)]
+            for mine in parts
+        ]
+    made = [Piece(_tensors(pairs, references, piece, pad_id), len(piece) / len(pairs)) for piece in cuts[rank.index]]
+    for _ in range(max(map(len, cuts)) - len(made)):
+        made.append(Piece(_tensors(pairs, references, [costs.index(min(costs))], pad_id), 0.0, idle=True))
     supervised = sum(pair.supervised for pair in pairs)
-    return Step(made, rows=len(pairs), tokens=sum(costs), supervised=supervised)
+    return Step(made, len(pairs), sum(costs), supervised, forwards=sum(map(len, cuts)))
+
+
+def _tensors(pairs: list[Pair], references: torch.Tensor, chosen: list[int], pad_id: int) -> dict[str, torch.Tensor]:
+    batch = pad_pairs([pairs[index] for index in chosen], pad_id)
+    batch["ref_chosen_logps"], batch["ref_rejected_logps"] = references[chosen].unbind(dim=1)
+    return batch

@@ -14,6 +14,8 @@ import torch
 
 from posttrain.artifact import fingerprint
 from posttrain.errors import StageError
+from posttrain.pretraining import world
+from posttrain.pretraining.ranks import ALONE, Rank
 from posttrain.training.dpo import SpineDpoTrainer
 from posttrain.training.limits import Limits
 from posttrain.training.pairs import Pair, cut_pairs, pad_pairs
@@ -44,11 +46,13 @@ def reference_logps(
     cache: Path,
     events: Callable[..., None],
     should_stop: Callable[[], bool],
+    rank: Rank = ALONE,
 ) -> torch.Tensor:
     """Computes, or reads, the log-probs of all pairs under the trainer's untrained policy.
 
     The cache file is filled in place, NaN marking what is missing, so a killed run goes on where it
-    was; it belongs to one content key, so it can never be another run's.
+    was; it belongs to one content key, so it can never be another run's. Of several processes each runs
+    its share of the batches, and the first writes them all.
 
     Args:
         cache: path of the [N, 2] float32 `.npy`; its name carries `reference_key`.
@@ -59,29 +63,50 @@ def reference_logps(
     Raises:
         StageError: a log-prob that is not finite.
     """
-    table = _open_table(cache, len(pairs))
+    table = _open_table(cache, len(pairs)) if rank.first else None
+    known = world.from_first(torch.from_numpy(np.array(table)) if table is not None else None)
     costs = [pair.cost(trainer.shares) for pair in pairs]
+    batches = cut_pairs(costs, limits.tokens, limits.documents)  # however much is known: the same bits
+    rounds = [batches[start : start + rank.world] for start in range(0, len(batches), rank.world)]
     done, told = 0, time.monotonic()
-    for batch in cut_pairs(costs, limits.tokens, limits.documents):  # however much is known: the same bits
-        if not np.isnan(table[batch]).any():
-            done += len(batch)
+    for turn in rounds:
+        indices = [index for batch in turn for index in batch]
+        if not known[indices].isnan().any():
+            done += len(indices)
             continue
-        if should_stop():
+        if world.any_of(should_stop()):
             break
-        logps = trainer.policy_logps(pad_pairs([pairs[index] for index in batch], pad_id))
-        if not logps.isfinite().all():
+        known[indices] = _score_round(trainer, pairs, pad_id, turn, rank)
+        if not known[indices].isfinite().all():
             raise StageError(
                 "reference log-probs",
                 "the model's log-probs are not finite",
                 "use precision bf16 or fp32; check the model",
             )
-        table[batch] = logps.numpy()
-        done += len(batch)
+        if table is not None:
+            table[indices] = known[indices].numpy()
+        done += len(indices)
         if done == len(pairs) or time.monotonic() - told > _TELL_SECONDS:
             told = time.monotonic()
             events("phase", text=f"reference log-probs {done}/{len(pairs)}")
-    table.flush()
-    return torch.from_numpy(np.array(table))
+    if table is not None:
+        table.flush()
+    return known
+
+
+def _score_round(
+    trainer: SpineDpoTrainer, pairs: Sequence[Pair], pad_id: int, turn: list[list[int]], rank: Rank
+) -> torch.Tensor:
+    """Log-probs [n, 2] of the n pairs of some batches, one for each process; one that has none runs the last again.
+
+    Every process runs one forward, because that of a sharded model is one of all of them.
+    """
+    own = min(rank.index, len(turn) - 1)
+    logps = trainer.policy_logps(pad_pairs([pairs[index] for index in turn[own]], pad_id))
+    found = [torch.zeros(len(batch), 2) for batch in turn]
+    if rank.index == own:
+        found[own] = logps
+    return world.sum_table(torch.cat(found))
 
 
 def _open_table(cache: Path, rows: int) -> np.memmap:

@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from posttrain.pretraining.loop import Piece, Spine, Step
 from posttrain.pretraining.packing import cut_step, stack
+from posttrain.pretraining.ranks import ALONE, Rank, divide
 from posttrain.pretraining.rows import Row
 from posttrain.training.head import use_plain_head
 from posttrain.training.limits import Limits
@@ -27,7 +28,7 @@ class SpineSftTrainer(Spine, SFTTrainer):
 
     def piece_loss(self, model, tensors: dict, share: float, step: Step) -> torch.Tensor:
         """Negative log-likelihood of the piece's supervised tokens over those of the whole step."""
-        self.current_gradient_accumulation_steps = len(step.pieces)  # TRL averages a router's loss over them
+        self.current_gradient_accumulation_steps = step.forwards  # TRL averages a router's loss over them
         count = torch.tensor(step.supervised, device=self.args.device)
         return self.compute_loss(model, tensors, num_items_in_batch=count)
 
@@ -84,23 +85,40 @@ def restore_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) ->
 
 
 def sft_step(
-    rows: list[Row], pad_id: int, row_tokens: int, tokens: int, documents: int | None, one_row: bool = False
+    rows: list[Row],
+    pad_id: int,
+    row_tokens: int,
+    tokens: int,
+    documents: int | None,
+    one_row: bool = False,
+    rank: Rank = ALONE,
 ) -> Step:
-    """Cuts the rows of one optimizer step into packed pieces.
+    """Cuts one process's part of an optimizer step into packed pieces.
 
     Args:
+        rows: of the whole step.
         row_tokens, tokens, documents, one_row: limits of a piece, see `posttrain.pretraining.packing.cut_step`.
     """
     supervised = sum(row.supervised for row in rows)
+    lengths = [len(row) for row in rows]
+    parts = [[rows[index] for index in mine] for mine in divide(lengths, rank.world)]
+    cuts = [
+        cut_step([len(row) for row in mine], row_tokens, tokens, documents, one_row) if mine else [] for mine in parts
+    ]
     pieces = []
-    for packed in cut_step([len(row) for row in rows], row_tokens, tokens, documents, one_row):
-        chosen = [[rows[index] for index in row] for row in packed]
+    for packed in cuts[rank.index]:
+        chosen = [[parts[rank.index][index] for index in row] for row in packed]
         own = sum(row.supervised for group in chosen for row in group)
-        batch = {name: torch.from_numpy(array) for name, array in stack(chosen, pad_id).items()}
-        pieces.append(Piece(batch, own / max(supervised, 1)))
-    return Step(pieces, rows=len(rows), tokens=sum(map(len, rows)), supervised=supervised)
+        pieces.append(Piece(_tensors(chosen, pad_id), own / max(supervised, 1)))
+    for _ in range(max(map(len, cuts)) - len(pieces)):
+        pieces.append(Piece(_tensors([[min(rows, key=len)]], pad_id), 0.0, idle=True))
+    return Step(pieces, len(rows), sum(lengths), supervised, forwards=sum(map(len, cuts)))
 
 
-def sft_pieces(rows: list[Row], pad_id: int, limits: Limits) -> Step:
+def _tensors(rows: list[list[Row]], pad_id: int) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in stack(rows, pad_id).items()}
+
+
+def sft_pieces(rows: list[Row], pad_id: int, limits: Limits, rank: Rank = ALONE) -> Step:
     """`sft_step` within the limits of a device."""
-    return sft_step(rows, pad_id, limits.row_tokens, limits.tokens, limits.documents, limits.one_row)
+    return sft_step(rows, pad_id, limits.row_tokens, limits.tokens, limits.documents, limits.one_row, rank)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from posttrain.errors import StageError
+from posttrain.pretraining import world
 from posttrain.pretraining.loop import Piece, Step
 from posttrain.training.limits import Limits
 
@@ -63,13 +64,14 @@ def try_limits(
 
 
 def _fits(trainer: Any, step: Step, reserve: int) -> bool:
-    """Whether the step's heaviest pieces run, with gradients in place and room for the optimizer."""
+    """Whether the step's heaviest pieces run, with gradients in place and room for the optimizer, on every process."""
+    short = False
     with _undisturbed(trainer):
         try:
             _run(trainer, step, reserve)
         except torch.OutOfMemoryError:
-            return False
-    return True
+            short = True
+    return not world.any_of(short)
 
 
 def _run(trainer: Any, step: Step, reserve: int) -> None:

@@ -168,7 +168,7 @@ def context(folder: Path, **runtime: Any) -> Context:
     ("runtime", "found"),
     [
         ({"device": "cpu", "num_processes": 2}, "1 processes started, the recipe asks for 2"),
-        ({"device": "cpu", "num_machines": 2}, "1 processes started, the recipe asks for 2"),
+        ({"device": "cpu", "num_processes": 4, "num_machines": 2}, "1 processes started, the recipe asks for 4"),
         ({"device": "cuda"}, "torch sees no GPU"),
     ],
 )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from posttrain.errors import PosttrainError, StageError
+from posttrain.errors import StageError
+from posttrain.recipe.accelerate import find_accelerate_config
 from posttrain.stages.context import Context, ModelInput
 from posttrain.stages.parents import model_folder
-from posttrain.stages.setup import Machine, set_up
+from posttrain.stages.setup import Machine, assert_spread, set_up
 from tests.stages.stage_tiny import make_context
 
 
@@ -39,16 +42,27 @@ def test_a_number_of_processes_that_did_not_start_stops_the_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(StageError, match="1 processes started, the recipe asks for 4"):
-        set_up(context(tmp_path, num_processes=2, num_machines=2))
+        set_up(context(tmp_path, num_processes=4, num_machines=2))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(StageError, match="2 processes started, the recipe asks for 1"):
         set_up(context(tmp_path))
 
 
-def test_what_is_not_built_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(PosttrainError, match="this version trains on one device"):
-        set_up(context(tmp_path, num_processes=2))
+@pytest.mark.parametrize(
+    ("config", "processes", "made"),
+    [("fsdp2", 1, "asks for fsdp over 1 processes; Accelerate made NO over 1"), (None, 1, None), ("ddp", 1, None)],
+)
+def test_a_model_that_is_spread_otherwise_than_asked_stops_the_stage(
+    tmp_path: Path, config: str | None, processes: int, made: str | None
+) -> None:
+    path = None if config is None else str(find_accelerate_config(config, tmp_path))
+    trainer = SimpleNamespace(accelerator=Accelerator(cpu=True))
+    told = context(tmp_path, num_processes=processes, accelerate_config=path)
+    if made is None:
+        assert_spread(trainer, told)
+        return
+    with pytest.raises(StageError, match=made):
+        assert_spread(trainer, told)
 
 
 def test_a_folder_is_taken_as_it_is_and_an_id_at_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

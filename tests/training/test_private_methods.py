@@ -80,6 +80,7 @@ def test_what_we_rely_on_is_still_there(owner: Any, words: str, why: str) -> Non
 
 def test_every_override_of_the_spine_overrides_something() -> None:
     own = {"piece_loss", "take_window", "view", "policy_logps", "loss_before_training"}
+    own |= {"_run_pieces", "_unsynced", "_own_figures", "_join_figures"}
     for cls, hosts in ((Spine, (Trainer,)), (SpineDpoTrainer, (DPOTrainer,))):
         for name, member in vars(cls).items():
             if inspect.isfunction(member) and name not in own:
