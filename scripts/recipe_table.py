@@ -48,9 +48,10 @@ def tables(names: list[str]) -> str:
     with tempfile.TemporaryDirectory() as runs:
         for name in names:
             found = {kind: predicted(name, kind, Path(runs)) for kind in KINDS}
-            stages, disk, device = found["h200"]
+            stages, disk, _ = found["h200"]
             spread = stages[0].spread
             many = "1" if spread.processes == 1 else f"{spread.processes}, {spread.kind}"
+            many += ", offloaded" if spread.weights_on_host else ""
             cells = [" / ".join(map(gib, each)) for each, *_ in found.values()]
             memory.append([f"`{name}`", many, *cells, f"{disk / GB:,.0f} GB"])
             cells = [" / ".join(rate(stage, gpu) for stage in each) for each, _, gpu in found.values()]

@@ -120,6 +120,47 @@ def test_rows_are_cut_as_stages_cut_them() -> None:
         assert limits.row_tokens == forecast.ROW_OF_DENSE_MASK[device]
 
 
+FULL = (
+    RECIPE.replace("method: {lora: {r: 16}}", "method: full")
+    .replace("global_batch_size: 4", "global_batch_size: 16")
+    .replace("micro_batch_tokens: 4096", "num_processes: 8, accelerate_config: fsdp2")
+    .replace('  aligned: {kind: merge, model: "@dpo"}\n', "")
+)
+
+
+def test_a_stage_of_eight_processes(recipe: Path) -> None:
+    recipe.write_text(FULL)
+    told = json.loads(checked(recipe, "--gpu", "h100", "--json"))
+    sft, dpo = told["stages"]
+    assert told["fits"] is True
+    assert (sft["spread"]["kind"], sft["spread"]["processes"]) == ("fsdp", 8)
+    assert sft["memory"]["gradients"] == pytest.approx(4 * 8_030_261_248 / 8, rel=1e-4)
+    assert (sft["piece"]["tokens"], dpo["piece"]["tokens"]) == (2 * 2048, 2 * 2 * 1024)  # 16 rows over 8 processes
+    recipe.write_text(FULL.replace("num_processes: 8, accelerate_config: fsdp2", "num_processes: 1"))
+    alone = json.loads(checked(recipe, "--gpu", "200GB", "--json"))["stages"][0]
+    assert alone["piece"]["tokens"] > sft["piece"]["tokens"]
+    assert alone["rows"] == sft["rows"]
+    text = checked(
+        recipe, "--gpu", "h200", "--set", "runtime.num_processes=2", "--set", "runtime.accelerate_config=fsdp2"
+    )
+    assert "memory is that of one of 2 processes (fsdp); time is divided by them" in text
+
+
+def test_time_is_shared_and_energy_is_not(recipe: Path) -> None:
+    one = json.loads(checked(recipe, "--gpu", "h200", "--json"))["stages"][0]
+    four = json.loads(checked(recipe, "--gpu", "h200", "--json", "--set", "runtime.num_processes=4"))["stages"][0]
+    assert four["seconds"] == pytest.approx(one["seconds"] / 4)
+    assert four["watt_hours"] == pytest.approx(one["watt_hours"])
+    assert four["memory"]["exchange"] == 4 * one["trainable"]
+
+
+def test_deepspeed_must_hold_it_whole_first(recipe: Path) -> None:
+    recipe.write_text(FULL.replace("fsdp2", "zero3"))
+    with pytest.raises(UserError, match="DeepSpeed cuts it after its longest row was tried whole") as caught:
+        checked(recipe, "--gpu", "h100")
+    assert "accelerate_config: fsdp2" in caught.value.found
+
+
 TINY = """
 name: tiny
 seed: 3

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -203,3 +206,11 @@ def test_the_recipe_of_the_readme_is_valid(tmp_path: Path) -> None:
 def test_the_pages_list_every_recipe(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     assert [name for name in NAMES if f"| `{name}` |" not in text] == []
+
+
+def test_the_table_of_memory_and_time_is_up_to_date() -> None:
+    script = [sys.executable, str(ROOT / "scripts" / "recipe_table.py"), "--check"]
+    done = subprocess.run(
+        script, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr or "run scripts/recipe_table.py"

@@ -124,18 +124,21 @@ def test_four_bit_weights_are_not_cut(resolve: Resolve, recipe: Path) -> None:
     assert resolve("sft", "stages.sft.method=qlora")["accelerate_config"].endswith("mine.yaml")
 
 
-def test_a_cpu_is_not_cut_over(resolve: Resolve, recipe: Path) -> None:
-    error = refused(resolve, "dpo", "runtime.device=cpu")
-    assert error.where == f"{recipe}:2  runtime.accelerate_config"
-    assert "on GPUs only" in error.found
-    assert resolve("sft", "runtime.device=cpu")["device"] == "cpu"
+def test_deepspeed_is_for_gpus(resolve: Resolve, recipe: Path) -> None:
+    zero = ("runtime.device=cpu", "stages.dpo.runtime.accelerate_config=zero2")
+    error = refused(resolve, "dpo", *zero)
+    assert error.where == "--set stages.dpo.runtime.accelerate_config"
+    assert "is for GPUs" in error.found
+    assert resolve("dpo", zero[1])["accelerate_config"].endswith("zero2.yaml")
+    for stage, config in (("dpo", "fsdp2.yaml"), ("sft", "mine.yaml")):
+        assert resolve(stage, "runtime.device=cpu")["accelerate_config"].endswith(config)
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["runtime.num_processes=3", "runtime.num_machines=2"], "3 processes do not divide over 2 machines"),
-        (["runtime.accelerate_config=fsdp2"], "on GPUs only"),
+        (["runtime.accelerate_config=zero3"], "is for GPUs"),
         (["stages.dpo.runtime={accelerate_config: nowhere.yaml}"], "no file"),
     ],
 )

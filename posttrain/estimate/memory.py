@@ -170,11 +170,12 @@ def _moments(model: Architecture, how: Pass, piece: Piece, sent: Exchange) -> li
     forward, backward = _working(model, how, piece.tokens)
     before, head = _head(model, how, piece.tokens)
     if piece.checkpointing:
+        cached = casts // model.layers if how.spread.kind == "fsdp" else casts  # its stages switch autocast's cache off
         return [
             _Moment(kept + outside, 0, head, 0, sent.head),
-            _Moment(kept + outside, casts, before, 0, sent.head),
+            _Moment(kept + outside, cached, before, 0, sent.head),
             _Moment(kept + one, casts // model.layers, 0, backward, sent.backward),
-            _Moment(kept, casts, 0, forward, sent.forward),
+            _Moment(kept, cached, 0, forward, sent.forward),
             _Moment(one, casts // model.layers, 0, forward, sent.begin),
         ]
     return [

@@ -40,6 +40,8 @@ def shard(model: torch.nn.Module, device: str) -> None:
     for module in [module for module in model.modules() if is_layer(module)]:
         fully_shard(module, reshard_after_forward=plugin.reshard_after_forward, offload_policy=offload)
     fully_shard(model, offload_policy=offload)
+    # Autocast would keep a 16-bit copy of every layer through the forward, on every process.
+    torch.set_autocast_cache_enabled(False)
 
 
 def _never(_: torch.nn.Module) -> bool:

@@ -88,12 +88,15 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == [FLAG]:
         forked_for = serve(arguments[1:])
         if forked_for is not None:
-            _leave_forked(run_stage(forked_for))
+            _leave_at_once(run_stage(forked_for))
         return 0
     if len(arguments) != 1:
         print("usage: python -m posttrain.stages JOB", file=sys.stderr)
         return 2
-    return run_stage(Path(arguments[0]).absolute())
+    code = run_stage(Path(arguments[0]).absolute())
+    if own_rank().world > 1:
+        _leave_at_once(code)
+    return code
 
 
 def run_stage(job: Path) -> int:
@@ -117,8 +120,12 @@ def _die_with_the_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _leave_forked(code: int) -> NoReturn:
-    """Ends a forked stage without tearing down the interpreter, which would copy all that the server imported."""
+def _leave_at_once(code: int) -> NoReturn:
+    """Ends the process without tearing down the interpreter.
+
+    That would copy all that a fork server imported; and the threads of a process group, torn down with it, now and
+    then abort a process whose work is done ("terminate called without an active exception").
+    """
     atexit._run_exitfuncs()  # of experiment trackers, say
     sys.stdout.flush()
     sys.stderr.flush()

@@ -12,12 +12,14 @@ import torch
 from posttrain.models.attention import Attention, choose_attention
 from posttrain.models.lineage import Quantization
 from posttrain.pretraining.loop import Step
+from posttrain.pretraining.ranks import divide
 from posttrain.pretraining.rows import Row
 from posttrain.pretraining.world import least
 from posttrain.stages.context import Context
 from posttrain.stages.prediction import device_room, predict_stage
 from posttrain.stages.run_loop import stage_arguments
 from posttrain.stages.setup import Machine, assert_spread
+from posttrain.stages.spread import spread_of
 from posttrain.stages.trainable import Policy
 from posttrain.training.dpo import build_dpo_trainer, dpo_step
 from posttrain.training.limits import Limits, piece_limits
@@ -162,10 +164,19 @@ def settle_limits(
         StageError: not even one row or pair fits.
     """
     runtime, rows = context.runtime, largest(context.trainer["global_batch_size"])
-    longest, most = max(map(size, rows)), sum(map(size, rows))
+    sizes = list(map(size, rows))
+    longest = max(sizes)
+    most = sum(sizes[index] for index in divide(sizes, context.rank.world)[context.rank.index])
     optim, recompute = str(context.trainer.get("optim", "adamw_torch")), bool(trainer.args.gradient_checkpointing)
     prediction = predict_stage(
-        trainer.model, quantization, machine, attention.backend, context.precision, optim, recompute
+        trainer.model,
+        quantization,
+        machine,
+        attention.backend,
+        context.precision,
+        optim,
+        recompute,
+        spread_of(runtime.model_dump(mode="json")),
     )
     limits = piece_limits(
         machine.device,

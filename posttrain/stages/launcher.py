@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
-from posttrain.errors import PosttrainError, UserError, missing_extra
+from posttrain.errors import PosttrainError, UserError
 from posttrain.stages.__main__ import LAUNCHER, read_job
 from posttrain.stages.context import Events, Job
 

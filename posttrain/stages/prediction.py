@@ -13,6 +13,7 @@ from posttrain.estimate.adapters import AdapterShape
 from posttrain.estimate.architecture import Architecture
 from posttrain.estimate.memory import Memory, Piece, largest_micro_batch, predict
 from posttrain.estimate.shapes import architecture_of
+from posttrain.estimate.spread import ALONE, Spread
 from posttrain.estimate.weights import Method, static_bytes
 from posttrain.models.lineage import Quantization
 from posttrain.models.load import TRAINED
@@ -31,8 +32,11 @@ class Prediction:
 
     @property
     def optimizer_bytes(self) -> int:
-        """What the first optimizer step will allocate on the device."""
-        static = static_bytes(self.model, self.how.method, self.how.precision, self.optim)
+        """What the first optimizer step will allocate on the device, once the model is cut."""
+        spread = self.how.spread
+        if spread.updates_on_host:
+            return 0
+        static = static_bytes(self.model, self.how.method, self.how.precision, self.optim, spread)
         return static.optimizer - static.paged
 
     def largest(self, device_bytes: int, longest: int, row_tokens: int | None) -> int | None:
@@ -45,7 +49,7 @@ class Prediction:
         """Bytes at the peak: of torch's allocator on a GPU, of the whole process on a CPU.
 
         Args:
-            most: tokens of the largest optimizer step: no piece is larger.
+            most: tokens of the largest part of an optimizer step that this process gets: no piece is larger.
         """
         tokens = min(limits.tokens, most)
         memory: Memory = predict(
@@ -62,6 +66,7 @@ def predict_stage(
     precision: str,
     optim: str,
     checkpointing: bool,
+    spread: Spread = ALONE,
 ) -> Prediction:
     """Describes a loaded model for the estimate.
 
@@ -69,9 +74,11 @@ def predict_stage(
         model: with every adapter in place, and what trains set to train.
         backend: attention implementation that was chosen.
         precision: the recipe's: bf16, fp16 or fp32.
+        spread: how it lies over the stage's processes.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    how = Pass(precision, machine.device, counted_as(backend), _method(model, quantization))  # type: ignore[arg-type]
+    method = _method(model, quantization)
+    how = Pass(precision, machine.device, counted_as(backend), method, spread)  # type: ignore[arg-type]
     return Prediction(architecture_of(base.config.to_dict(), "the loaded model"), how, optim, checkpointing)
 
 
