@@ -1,6 +1,6 @@
 """Trains with one process and with two, and shows that it is the same run, also when a process of it dies.
 
-    python scripts/prove_ranks.py [--runs-dir DIR] [--stages sft_lora dpo_lora] [--quick]
+    python scripts/prove_ranks.py [--runs-dir DIR] [--stages sft_lora dpo_lora] [--accelerate-config fsdp2] [--quick]
 
 The recipe of `kill_runs.py`, with rows of unequal length and without dropout (whose draws differ from process
 to process), runs with one process and, on the same base, with two. Of every stage are compared: the loss of
@@ -18,7 +18,7 @@ each start going on from the checkpoint of the one before:
 Each has to end the command within a minute, with an error that names the process that died, and to leave none.
 At last two processes go on to the end, whose files are to the byte those of the run that nothing disturbed;
 and one process does, from the same checkpoint. `--quick` kills a process of one DPO stage, lets two go on, and
-compares what comes of it with one process. Exit code 0 when all of it holds, else 1.
+compares it with one process. Exit code 0 when all of it holds, else 1.
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ def disturb_in_turn(two: Command, stage: str, folder: Path) -> tuple[list[End], 
         How each start ended, and how far one process that goes on agrees with two that nothing disturbed.
     """
     parents = two.stages[: two.stages.index(stage)]
-    command = begin_from(two, parents, Command(two.recipe, folder / "two", [*TWO, "--until", stage]))
+    command = begin_from(two, parents, Command(two.recipe, folder / "two", [*two.options, "--until", stage]))
     with contextlib.closing(command):
         ends = [tell(disturb(command, stage, how)) for how in DISTURBANCES]
         alone = Command(two.recipe, folder / "one", ["--until", stage])
@@ -341,11 +341,12 @@ def show(title: str, found: list[Alike]) -> None:
         print(f"  {one.stage:<12} {one.steps:>5} {far}", flush=True)
 
 
-def prove(folder: Path, stages: list[str]) -> None:
-    """Does everything below a folder; Failure when something did not hold."""
+def prove(folder: Path, stages: list[str], spread: str | None) -> None:
+    """Does everything below a folder, with a model spread as a config says; Failure when something did not hold."""
     recipe = prepare_recipe(stages, folder / "recipe")
     one = run(Command(recipe, folder / "one"))
-    two = run(begin_from(one, ["base"], Command(recipe, folder / "two", TWO)))
+    options = [*TWO, *(["--set", f"runtime.accelerate_config={spread}"] if spread else [])]
+    two = run(begin_from(one, ["base"], Command(recipe, folder / "two", options)))
     later = [stage for stage in one.stages if stage != "base"]
     show("two processes and one", [compare_stage(one.run_dir / name, two.run_dir / name) for name in later])
     print("disturbed", flush=True)
@@ -374,6 +375,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs-dir", type=Path, help="new folder to work in, kept; a temporary one when absent")
     parser.add_argument("--stages", nargs="+", default=[], help="only these, and those they stand on")
+    parser.add_argument("--accelerate-config", help="how two processes share a model: ddp (default), fsdp2")
     parser.add_argument("--quick", action="store_true", help=f"one kill of {QUICK} alone")
     options = parser.parse_args()
     if options.runs_dir and options.runs_dir.exists() and any(options.runs_dir.iterdir()):
@@ -385,7 +387,7 @@ def main() -> int:
         if options.quick:
             prove_quickly(folder)
         else:
-            prove(folder, options.stages)
+            prove(folder, options.stages, options.accelerate_config)
     except Failure as failure:
         print(f"FAILED: {failure}\nkept: {folder}")
         return 1

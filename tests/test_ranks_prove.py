@@ -38,3 +38,14 @@ def test_every_way_of_training_and_every_end(tmp_path: Path) -> None:
     ends = [(row[0], " ".join(row[1:3])) for row in rows if "exit" in row]
     wanted = ["stop after", "error 1", "kill 1", "kill 0", "launcher after"]
     assert ends == [(stage, end) for stage in ("sft_qlora", "dpo_qlora") for end in wanted]
+
+
+@pytest.mark.slow
+@pytest.mark.contract(number=4)
+def test_a_model_that_is_cut_over_two_processes(tmp_path: Path) -> None:
+    chosen = ["sft_full", "dpo_full", "sft_lora", "dpo_lora", "merge_lora"]
+    rows = prove(tmp_path, "--accelerate-config", "fsdp2", "--stages", *chosen)
+    compared = [row[0] for row in rows if len(row) == 6]
+    trained = ["sft_full", "sft_lora", "dpo_full", "dpo_lora"]
+    assert compared == ["stage", *trained, "merge_lora", "stage", "sft_lora", "dpo_lora"]
+    assert sum("exit" in row for row in rows) == 10

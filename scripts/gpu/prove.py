@@ -1,8 +1,9 @@
 """Proves the GPU path: the quickstart, then QLoRA SFT -> DPO -> merge of a 1 B-shape Llama with random weights.
 
-    python scripts/gpu/prove.py [--work DIR] [--shape meta-llama/Llama-3.2-1B] [--skip-quickstart]
+    python scripts/gpu/prove.py [--work DIR] [--shape meta-llama/Llama-3.2-1B] [--skip-quickstart] [--spread fsdp2 zero3]
 
-Prints wall seconds and peak GPU memory of every stage, from the records the stages leave. Needs one CUDA
+With `--spread` its SFT and DPO run once more for each Accelerate config that is named, every weight trained, on all
+GPUs there are (one is enough: the code of several runs with one process). Prints wall seconds and peak GPU memory of every stage, from the records the stages leave. Needs one CUDA
 GPU and no network. Exit code 1 when a stage fails, 2 without a GPU.
 """
 
@@ -82,6 +83,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--shape", default="meta-llama/Llama-3.2-1B")
     parser.add_argument("--skip-quickstart", action="store_true")
+    parser.add_argument("--spread", nargs="+", default=[], metavar="NAME", help="Accelerate configs: fsdp2, zero3, ...")
     options = parser.parse_args()
     import torch
 
@@ -98,9 +100,15 @@ def main() -> int:
         place.mkdir(parents=True, exist_ok=True)
         make_model(place / "model", options.shape)
         make_rows(place)
-    shutil.copy(HERE / "one_billion.yaml", place)
+    for recipe in ("one_billion.yaml", "one_billion_full.yaml"):
+        shutil.copy(HERE / recipe, place)
     run(str(place / "one_billion.yaml"), runs)
     show(runs / "one-billion")
+    for config in options.spread:
+        processes = f"runtime.num_processes={torch.cuda.device_count()}"
+        settings = [f"name=one-billion-{config}", f"runtime.accelerate_config={config}", processes]
+        run(str(place / "one_billion_full.yaml"), runs, *settings)
+        show(runs / f"one-billion-{config}")
     return 0
 
 
