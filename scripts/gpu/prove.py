@@ -1,10 +1,12 @@
 """Proves the GPU path: the quickstart, then QLoRA SFT -> DPO -> merge of a 1 B-shape Llama with random weights.
 
-    python scripts/gpu/prove.py [--work DIR] [--shape meta-llama/Llama-3.2-1B] [--skip-quickstart] [--spread fsdp2 zero3]
+    python scripts/gpu/prove.py [--work DIR] [--shape meta-llama/Llama-3.2-1B] [--skip-quickstart]
+        [--spread fsdp2 zero3]
 
-With `--spread` its SFT and DPO run once more for each Accelerate config that is named, every weight trained, on all
-GPUs there are (one is enough: the code of several runs with one process). Prints wall seconds and peak GPU memory of every stage, from the records the stages leave. Needs one CUDA
-GPU and no network. Exit code 1 when a stage fails, 2 without a GPU.
+With `--spread` SFT and DPO run once more for each Accelerate config that is named, every weight trained, on all
+GPUs there are (one is enough: the code of several runs with one process). Prints wall seconds and peak GPU memory
+of every stage, from the records the stages leave. Needs one CUDA GPU and no network. Exit code 1 when a stage
+fails, 2 without a GPU.
 """
 
 from __future__ import annotations
