@@ -157,7 +157,7 @@ class TestEnvironment:
 
     def test_a_library_that_is_not_there_is_said_before_anything_starts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(launcher, "is_deepspeed_available", lambda: False)
-        with pytest.raises(UserError, match="DeepSpeed is not installed"):
+        with pytest.raises(UserError, match=r"deepspeed: is not installed\n  -> .*posttrain\[deepspeed\]"):
             accelerate_environment(job_of(str(find_bundled("recipes/accelerate", "zero2"))), {})
 
     def test_consumer_gpus_on_an_old_driver_do_not_reach_one_another(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
-from posttrain.errors import PosttrainError, UserError
+from posttrain.errors import PosttrainError, UserError, missing_extra
 from posttrain.stages.__main__ import LAUNCHER, read_job
 from posttrain.stages.context import Events, Job
 
@@ -40,7 +40,8 @@ def main(arguments: list[str]) -> int:
     events = Events(int(os.environ["POSTTRAIN_EVENTS_FD"]) if "POSTTRAIN_EVENTS_FD" in os.environ else None)
     try:
         job = read_job(path)
-        os.environ.update({LAUNCHER: "1", **accelerate_environment(job, os.environ)})
+        os.environ.update({LAUNCHER: "1", **_without_peer_access(os.environ)})
+        os.environ.update(accelerate_environment(job, os.environ))
         words = launch_words(job.runtime, os.environ)
     except PosttrainError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -102,18 +103,15 @@ def accelerate_environment(job: Job, environment: Mapping[str, str]) -> dict[str
         given, defaults, mixed = _validate_launch_command(launch_command_parser().parse_args([*words, "posttrain"]))
         if given.use_deepspeed:
             if not is_deepspeed_available():
-                raise ImportError("DeepSpeed is not installed")
+                raise missing_extra("deepspeed", "deepspeed")
             fields = list(defaults.deepspeed_config) + (["mixed_precision"] if mixed else [])
             given.deepspeed_fields_from_accelerate_config = ",".join(fields)
             meant = prepare_deepspeed_cmd_env(given)[1]
         else:
             meant = prepare_multi_gpu_env(given)
     except (ValueError, RuntimeError, ImportError, OSError) as error:
-        raise UserError(
-            str(config),
-            f"Accelerate refuses it: {str(error).splitlines()[0]}",
-            "mend the config, or install what it needs",
-        ) from None
+        found = f"Accelerate refuses it: {str(error).splitlines()[0]}"
+        raise UserError(str(config), found, "mend the config, or install what it needs") from None
     ours = {"OMP_NUM_THREADS"}  # the recipe says how many
     return {name: value for name, value in meant.items() if environment.get(name) != value and name not in ours}
 

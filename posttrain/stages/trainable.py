@@ -78,6 +78,9 @@ def load_trainable(
     """
     set_seed(context.seed)
     policy = _load(parents, method, machine, context, control_ids, vocabulary)
+    if machine.spread != "ddp" and policy.quantization is not None:
+        where, found = f"stages.{context.stage}.runtime.accelerate_config", "4-bit weights are not cut over processes"
+        raise RecipeError(where, found, "set ddp: every process holds the base in 4 bits")
     if machine.spread == "fsdp":
         shard(policy.model, machine.device)
     return policy

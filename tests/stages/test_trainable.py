@@ -38,10 +38,12 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def load(run: Path, parents: Lineage, value: Any, control: list[int] | None = None) -> Policy:
+def load(
+    run: Path, parents: Lineage, value: Any, control: list[int] | None = None, machine: Machine = MACHINE
+) -> Policy:
     context = make_context(run, "dpo", "dpo")
     ids = CONTROL if control is None else control
-    return load_trainable(parents, method(value), MACHINE, context, ids, make_tokenizer().get_vocab())
+    return load_trainable(parents, method(value), machine, context, ids, make_tokenizer().get_vocab())
 
 
 def on_base(run: Path, quantization: Quantization | None = None) -> Lineage:
@@ -60,6 +62,14 @@ def on_adapter(run: Path, value: Any) -> Lineage:
 
 def trained_names(policy: Policy) -> set[str]:
     return {name for name, param in policy.model.named_parameters() if param.requires_grad}
+
+
+@pytest.mark.parametrize("spread", ["fsdp", "deepspeed"])
+def test_four_bits_are_not_cut_over_processes_not_even_those_of_a_parent(run: Path, spread: Any) -> None:
+    parents = on_adapter(run, {"qlora": {"r": 2, "bnb_4bit_use_double_quant": True}})
+    cut = Machine("cpu", "sdpa", torch.float32, spread)
+    with pytest.raises(RecipeError, match="4-bit weights are not cut over processes"):
+        load(run, parents, {"qlora": {"r": 2, "bnb_4bit_use_double_quant": True}}, machine=cut)
 
 
 def test_full_trains_every_weight_in_fp32(run: Path) -> None:
