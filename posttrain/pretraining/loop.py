@@ -199,6 +199,10 @@ class Spine(_Host):
         for name, value in zip(names, world.total(*own), strict=True):
             noted[name][before.get(name, 0) :] = [value]
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
+        """Autocast wherever a piece runs: Accelerate brings it to a model that it has prepared, to none that is cut."""
+        return self.accelerator.autocast()
+
     def piece_loss(self, model, tensors: dict, share: float, step: Step) -> torch.Tensor:
         """The piece's contribution to the step's loss; the contributions of all pieces add up."""
         raise NotImplementedError

@@ -141,3 +141,16 @@ def test_the_measured_peak_is_this_processs() -> None:
     before = measured_peak("cpu")["measured_bytes"]
     block = torch.ones(16 << 20)
     assert measured_peak("cpu")["measured_bytes"] >= max(before, block.nbytes)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_piece_computes_in_the_precision_of_the_recipe_before_the_trainer_prepares_the_model(
+    tmp_path: Path, precision: str
+) -> None:
+    given = {**arguments(tmp_path, 3), "bf16": precision == "bf16"}
+    trainer = build_sft_trainer(make_model(), make_tokenizer(), given)
+    dtypes: list[torch.dtype] = []
+    layer = trainer.model.model.layers[0].mlp.down_proj
+    layer.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    try_limits(trainer, LIMITS, heaviest, LONGEST, 1000, lambda *_, **__: None)
+    assert set(dtypes) == {torch.bfloat16 if precision == "bf16" else torch.float32}
