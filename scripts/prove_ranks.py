@@ -58,8 +58,7 @@ NEAR = ("mean_token_accuracy", "entropy", "logits/chosen", "logits/rejected")
 """TRL's means over the tokens of a piece, which pieces of pairs join by their pairs: they depend on the cut."""
 END_SECONDS = 60.0
 """Within which the command ends after a process of its died."""
-GONE_SECONDS = 2.0
-QUICK = "dpo_lora"
+GONE_SECONDS, QUICK = 2.0, "dpo_lora"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ set -euo pipefail
 
 PYTHON=${PYTHON:-python}
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
-STEPS=(--set stages.base.trainer.max_steps=40 --set stages.sft.trainer.max_steps=24 --set stages.sft.trainer.save_steps=6
+STEPS=(--set stages.base.trainer.max_steps=40 --set stages.sft.trainer.max_steps=200 --set stages.sft.trainer.save_steps=20
   --set stages.dpo.trainer.max_steps=8 --set runtime.threads=1 --set runtime.device=cpu)
 
 fail() { echo "prove_slurm: $*" >&2; exit 1; }
@@ -178,6 +178,7 @@ until_checkpoint stopped sft
 scancel --batch --signal=TERM "$(job stopped sft)"
 drained
 [ ! -e "$WORK/stopped/quickstart/sft" ] || fail "the stage was over before it was stopped"
+echo "saved: $(find "$WORK/stopped/quickstart/sft.partial/checkpoints" -name "checkpoint-*" -printf '%f ') (every 20 steps, and at the stop)"
 submit stopped "${SPREAD[@]}"
 drained
 has stopped sft

@@ -75,16 +75,7 @@ def run(config: Pretrain, context: Context) -> Summary:
             tokenizer.save_pretrained(folder)
         return digests
 
-    result = run_loop(
-        fitted.trainer,
-        machine,
-        context,
-        prepared,
-        schedule,
-        make_step,
-        config.snapshots,
-        save,
-    )
+    result = run_loop(fitted.trainer, machine, context, prepared, schedule, make_step, config.snapshots, save)
     context.events("phase", text="saving")
     context.clock.enter("saving")
     digests = save(context.folder)
