@@ -36,14 +36,16 @@ save() { # into the older of the two
 }
 
 watch() {
-  local runs=$1 store=$2 seconds=$3 stop=false
-  trap 'stop=true' TERM INT
+  local runs=$1 store=$2 seconds=$3 stop=false sleeper=""
+  # Whenever it comes, no sleep outlasts it: a process that is about to become one may lose any other signal.
+  trap 'stop=true; kill -KILL "$sleeper" 2> /dev/null || true' TERM INT
   while [ "$stop" = false ]; do
-    sleep "$seconds" &
-    wait $! || true # a signal ends the wait, not a copy
+    sleep "$seconds" > /dev/null 2>&1 & # it holds no pipe open
+    sleeper=$!
+    if [ "$stop" = false ]; then wait "$sleeper" 2> /dev/null || true; fi # a signal ends the wait, not a copy
     [ "$stop" = true ] || save "$runs" "$store"
   done
-  kill $! 2> /dev/null || true # the sleep
+  kill -KILL "$sleeper" 2> /dev/null || true
 }
 
 restore() {
