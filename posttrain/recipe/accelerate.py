@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from posttrain.errors import RecipeError, UserError
 from posttrain.recipe import bundled
@@ -36,8 +36,8 @@ def find_accelerate_config(name: str, recipe_dir: Path) -> Path:
     return bundled.find_bundled("recipes/accelerate", name)
 
 
-def read_spread(path: Path) -> Spread:
-    """How a config spreads a model.
+def read_accelerate_config(path: Path) -> dict[str, Any]:
+    """A config as plain values.
 
     Raises:
         RecipeError: no Accelerate config for a machine of one's own, or a way of spreading that no stage knows.
@@ -48,15 +48,17 @@ def read_spread(path: Path) -> Spread:
     config = document.value if isinstance(document.value, dict) else {}
     kind = config.get("distributed_type")
     if not isinstance(kind, str) or kind not in _SPREADS:
-        known = ", ".join(_SPREADS)
-        raise RecipeError(
-            str(path), f"distributed_type is {kind!r}", f"write it with `accelerate config`; known: {known}"
-        )
+        todo = f"write it with `accelerate config`; known: {', '.join(_SPREADS)}"
+        raise RecipeError(str(path), f"distributed_type is {kind!r}", todo)
     if config.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
         raise RecipeError(str(path), f"compute_environment is {config['compute_environment']}", "set LOCAL_MACHINE")
     fsdp = config.get("fsdp_config")
     if kind == "FSDP" and not (isinstance(fsdp, dict) and str(fsdp.get("fsdp_version")) == "2"):
-        raise RecipeError(
-            str(path), "fsdp_config is not of FSDP2", "set fsdp_version: 2 (see recipes/accelerate/fsdp2.yaml)"
-        )
-    return _SPREADS[kind]
+        todo = "set fsdp_version: 2 (see recipes/accelerate/fsdp2.yaml)"
+        raise RecipeError(str(path), "fsdp_config is not of FSDP2", todo)
+    return config
+
+
+def read_spread(path: Path) -> Spread:
+    """How a config spreads a model; raises as `read_accelerate_config` does."""
+    return _SPREADS[read_accelerate_config(path)["distributed_type"]]

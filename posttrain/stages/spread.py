@@ -9,8 +9,7 @@ from typing import Any
 
 from posttrain.errors import RecipeError
 from posttrain.estimate.spread import Kind, Spread
-from posttrain.recipe.accelerate import read_spread
-from posttrain.recipe.yaml12 import decode, parse
+from posttrain.recipe.accelerate import read_accelerate_config, read_spread
 
 _ZERO: dict[int, Kind] = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3"}
 _HOSTS = ("cpu", "nvme")
@@ -30,7 +29,7 @@ def spread_of(runtime: Mapping[str, Any]) -> Spread:
     if config is None:
         return Spread("ddp", processes, machines)
     path = Path(config)
-    kind, settings = read_spread(path), parse(decode(path.read_bytes(), config), config).value
+    kind, settings = read_spread(path), read_accelerate_config(path)
     if kind == "fsdp":
         fsdp = settings["fsdp_config"]
         host = _is_set(fsdp.get("fsdp_offload_params"))

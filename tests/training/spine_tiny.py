@@ -10,7 +10,13 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from posttrain.pretraining.arguments import trainer_arguments
 from posttrain.pretraining.fit import Fit, fit, resume_step
@@ -54,6 +60,26 @@ def make_model(seed: int = 0, tie: bool = True, **more: Any) -> LlamaForCausalLM
         "pad_token_id": PAD,
     }
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **more}))
+
+
+def make_mixture() -> MixtralForCausalLM:
+    """A random 1-layer mixture of experts whose routers have a balance loss."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        router_aux_loss_coef=1.0,
+        bos_token_id=None,
+        eos_token_id=END,
+        pad_token_id=PAD,
+    )
+    return MixtralForCausalLM(config)
 
 
 def save_base(folder: Path, model: Any = None) -> Path:

@@ -16,7 +16,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from posttrain.pretraining.loop import Step
 from posttrain.pretraining.ranks import Rank
@@ -26,11 +25,10 @@ from posttrain.training.pairs import Pair
 from posttrain.training.sft import SpineSftTrainer, build_sft_trainer, sft_step
 from posttrain.training.shared_mask import MASKS
 from tests.training.spine_tiny import (
-    END,
     PAD,
-    VOCABULARY,
     arguments,
     largest_difference,
+    make_mixture,
     make_model,
     make_pairs,
     make_rows,
@@ -236,22 +234,7 @@ def test_an_idle_piece_costs_a_forward_and_nothing_else(
 
 
 def test_a_routers_loss_is_that_of_all_forwards(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        router_aux_loss_coef=1.0,
-        bos_token_id=None,
-        eos_token_id=END,
-        pad_token_id=PAD,
-    )
-    trainer = build_sft_trainer(MixtralForCausalLM(config), make_tokenizer(), arguments(tmp_path, 1))
+    trainer = build_sft_trainer(make_mixture(), make_tokenizer(), arguments(tmp_path, 1))
     assert trainer.aux_loss_enabled
     rows, cut = make_rows(12), {"row_tokens": 64, "tokens": 64, "documents": None}
     alone = score(trainer, sft_step(rows, PAD, **cut))[0]

@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import MixtralConfig, MixtralForCausalLM
 
 import posttrain.training.sft as sft
 from posttrain.pretraining.rows import IGNORE, Row, make_row
 from posttrain.training.sft import build_sft_trainer, sft_step
 from tests.training.spine_tiny import (
-    END,
     PAD,
-    VOCABULARY,
     arguments,
     largest_difference,
+    make_mixture,
     make_model,
     make_rows,
     make_tokenizer,
@@ -126,22 +124,7 @@ def test_a_step_without_any_label_costs_nothing(tmp_path: Path) -> None:
 
 
 def test_a_routers_loss_counts_once_however_the_step_is_cut(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        router_aux_loss_coef=1.0,
-        bos_token_id=None,
-        eos_token_id=END,
-        pad_token_id=PAD,
-    )
-    trainer = build_sft_trainer(MixtralForCausalLM(config), make_tokenizer(), arguments(tmp_path, 1))
+    trainer = build_sft_trainer(make_mixture(), make_tokenizer(), arguments(tmp_path, 1))
     assert trainer.aux_loss_enabled
     rows = make_rows(12)
     whole, cut = (score(trainer, sft_step(rows, PAD, 64, tokens, None))[0] for tokens in (4096, 64))
